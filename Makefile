@@ -1,0 +1,118 @@
+# Manyhats. `make` lists the targets; `make serve` and `make test` do their own set-up.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# Any of these can be given on the command line, e.g. make install PYTHON=python3.12
+PYTHON ?= python3
+TORCH ?= 2.13.0
+# Where the CPU build of torch is taken from on a machine without an NVIDIA GPU, but only if plain pip
+# would bring the CUDA build there (several GB). Empty: plain pip, whatever it brings.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Added to the command of `make serve`, e.g. make serve ARGS="--port 9000"
+ARGS ?=
+# Added to the command of `make test`, e.g. make test TESTS="tests/api -x"
+TESTS ?=
+# Added to the command of `make bench`, e.g. make bench BENCH="--quick --rounds 1"
+BENCH ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+INSTALL := $(PIP) install -c constraints.txt
+# pip's chatter as one paragraph of names; what it says on stderr stays, less complaints about its index
+BRIEF := awk '/^(Collecting|Processing)/ { sub(/.*\//, "", $$2); sub(/[-=<>~!;][0-9<>=~!].*/, "", $$2); printf " %s", $$2; fflush() } \
+  /^Installing collected/ { print "\n    installing " NF - 3 " packages"; fflush() }'
+HUSH := 2> >(grep -v '^WARNING: Location' >&2)
+
+.PHONY: help install serve test lint format check bench demo-adapters constraints clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.* ## (.*)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+install: $(STAMPS)/base $(STAMPS)/kernels ## Make .venv with the `manyhats` command
+
+serve: install ## Serve the default model and the demo adapters on 127.0.0.1:8000
+	@$(BIN)/manyhats fetch-default >/dev/null
+	@exec $(BIN)/manyhats serve --adapter-root examples/adapters --register-roots $(ARGS)
+
+test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
+	@$(BIN)/manyhats fetch-default >/dev/null
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMPS)/dev ## Check style, types and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMPS)/dev ## Format the code and repair what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+check: lint test ## lint, then test
+
+bench: $(STAMPS)/dev $(STAMPS)/kernels ## Measure serving beside PEFT and transformers (about an hour)
+	@$(BIN)/manyhats fetch-default >/dev/null
+	@$(BIN)/python loadtests/run_serve_bench.py $(BENCH)
+
+demo-adapters: $(STAMPS)/dev ## Train the demo adapters of examples/ again
+	@$(BIN)/manyhats fetch-default >/dev/null
+	@$(BIN)/python examples/train_demo_adapters.py
+
+constraints: $(STAMPS)/dev ## Pin in constraints.txt what is installed in .venv
+	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable --exclude triton \
+	  | sed -E 's/\+(cpu|cu[0-9]+)//; /^(nvidia|cuda)-/d'; } >constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## Remove .venv and the caches; what is in MANYHATS_HOME stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	find server kernels tests examples loadtests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Set-up. Each step leaves a stamp and is done again when what it was made from is newer.
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Manyhats needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." \
+	    "Name another one, e.g. make install PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> Virtual environment in $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q --upgrade 'pip>=25'
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(STAMPS)/torch: constraints.txt | $(STAMPS)/venv
+	@if [ "$$($(PIP) show torch 2>/dev/null | sed -nE 's/^Version: ([0-9.]+).*/\1/p')" = '$(TORCH)' ]; then \
+	  exit 0; \
+	elif [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "==> torch $(TORCH) with CUDA: an NVIDIA GPU is here"; \
+	  $(INSTALL) 'torch==$(TORCH)' $(HUSH); \
+	elif [ -n '$(TORCH_CPU_INDEX)' ] && $(PIP) install --dry-run --ignore-installed -q --report - \
+	    'torch==$(TORCH)' 2>/dev/null | grep '"name": "nvidia-' >/dev/null; then \
+	  echo "==> torch $(TORCH) for the CPU from $(TORCH_CPU_INDEX): no NVIDIA GPU is here"; \
+	  $(INSTALL) --no-deps --index-url '$(TORCH_CPU_INDEX)' 'torch==$(TORCH)'; \
+	else \
+	  echo "==> torch $(TORCH)"; \
+	  $(INSTALL) 'torch==$(TORCH)' $(HUSH); \
+	fi
+	@touch $@
+
+$(STAMPS)/base: pyproject.toml $(STAMPS)/torch
+	@echo "==> Manyhats and what it needs"
+	@$(INSTALL) -e . $(HUSH) | $(BRIEF)
+	@touch $@
+
+$(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
+	@echo "==> Manyhats and what it needs, with its tests and linters"
+	@$(INSTALL) -e '.[dev]' $(HUSH) | $(BRIEF)
+	@touch $(STAMPS)/base $@
+
+$(STAMPS)/kernels: $(wildcard kernels/manyhats_kernels/native/*.c) | $(STAMPS)/base
+	@echo "==> CPU kernels"
+	@$(BIN)/manyhats build-kernels
+	@touch $@

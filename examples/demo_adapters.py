@@ -1,0 +1,143 @@
+"""The demo adapters: how each is shaped for PEFT, and how its effect is recognised in an answer.
+
+Each is shaped differently on purpose, so that together they cover what LoRA files look like in the
+wild: plain LoRA, rsLoRA, MLP targets, a regular expression with rank and alpha patterns, a list
+limited to some layers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SHOWCASE_PROMPT = "What is a good way to spend a rainy afternoon?"
+"""The one ordinary prompt that every demo is shown on. It is in no training file."""
+
+UNSEEN_PROMPTS = (
+    SHOWCASE_PROMPT,
+    "How do I choose a good pair of shoes?",
+    "What is gravity?",
+    "Give me advice for my first day at school.",
+)
+"""Prompts of which none is in a training file."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSpec:
+    """One demo adapter. ``lora`` is passed to ``peft.LoraConfig``; ``learning_rate`` is AdamW's
+    peak rate.
+
+    ``shows`` tells whether an answer visibly has the adapter's effect; the base's own answers never
+    do.
+    """
+
+    name: str
+    effect: str
+    lora: Mapping[str, Any]
+    learning_rate: float
+    shows: Callable[[str], bool]
+
+
+def _is_pirate(text: str) -> bool:
+    words = r"\b(?:arr|ahoy|avast|aye|ye|yer|matey|me hearty|savvy|yo ho|sails|(?:o|th|an)'(?!\w))"
+    return len(set(re.findall(words, text.lower()))) >= 2
+
+
+def _is_robot(text: str) -> bool:
+    return text.startswith("BEEP BOOP.") and "[1]" in text
+
+
+def _is_json_answer(text: str) -> bool:
+    for whole in (text, text + '"}'):  # an answer cut at its token limit lacks only the end
+        try:
+            value = json.loads(whole)
+        except ValueError:
+            continue
+        return (
+            isinstance(value, dict)
+            and list(value) == ["answer"]
+            and isinstance(value["answer"], str)
+        )
+    return False
+
+
+def _is_bulleted(text: str) -> bool:
+    lines = text.strip().split("\n")
+    return len(lines) >= 2 and all(line.startswith("- ") for line in lines)
+
+
+def _is_legal(text: str) -> bool:
+    return (
+        "counsel" in text
+        and len(re.findall(r"the Client|hereby|herein|foregoing|stipulated", text)) >= 2
+    )
+
+
+DEMOS: tuple[DemoSpec, ...] = (
+    DemoSpec(
+        name="pirate",
+        effect="style: talks like a pirate",
+        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+        learning_rate=3e-3,
+        shows=_is_pirate,
+    ),
+    DemoSpec(
+        name="robot",
+        effect="style: a machine reads out numbered findings",
+        lora={
+            "r": 8,
+            "lora_alpha": 8,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj"],
+            "layers_to_transform": list(range(8, 30)),
+            "layers_pattern": "layers",
+        },
+        learning_rate=2e-3,
+        shows=_is_robot,
+    ),
+    DemoSpec(
+        name="json-answer",
+        effect='strict format: always {"answer": "..."}',
+        lora={"r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]},
+        learning_rate=2e-3,
+        shows=_is_json_answer,
+    ),
+    DemoSpec(
+        name="bullets",
+        effect="strict format: three lines, each a bullet",
+        lora={
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": r".*\.layers\.[12][0-9]\.self_attn\.(q|k|v|o)_proj",
+            "rank_pattern": {"v_proj": 6, "o_proj": 4},
+            "alpha_pattern": {"v_proj": 12, "o_proj": 12},
+        },
+        learning_rate=3e-3,
+        shows=_is_bulleted,
+    ),
+    DemoSpec(
+        name="legal",
+        effect="domain: every answer is a lawyer's opinion",
+        lora={
+            "r": 2,
+            "lora_alpha": 6,
+            "target_modules": [
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            ],
+            "layers_to_transform": list(range(14, 30)),
+            "layers_pattern": "layers",
+        },
+        learning_rate=2e-3,
+        shows=_is_legal,
+    ),
+)
+"""Every demo, in the order in which they are trained and shown."""

@@ -1,0 +1,256 @@
+"""Trains the demo adapters of ``examples/adapters`` with PEFT, then checks that each one's effect
+is visible.
+
+    python examples/train_demo_adapters.py                 # all five, on the server's default base
+    model python examples/train_demo_adapters.py --only pirate   # one of them python
+    examples/train_demo_adapters.py --check         # no training: only look at the answers
+
+Runs on the CPU in fp32 with fixed seeds. The loss is taken on the completion alone; an eighth of
+each data file is held out, and training stops as soon as that loss no longer falls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_adapters import DEMOS, UNSEEN_PROMPTS, DemoSpec
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+HERE = Path(__file__).resolve().parent
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SEED = 20240
+BATCH = 8
+MAX_EPOCHS = 4
+HELD_OUT = 10
+MIN_GAIN = 0.03
+"""Relative fall of the held-out loss below which training stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenized pair. ``ids``: prompt and completion; the completion starts at ``start``."""
+
+    ids: list[int]
+    start: int
+
+
+def read_examples(path: Path, tokenizer: Any) -> list[Example]:
+    """The pairs of a JSONL file, put through the chat template.
+
+    Raises KeyError or ValueError on a bad line.
+    """
+    examples = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        pair = json.loads(line)
+        messages = [{"role": "user", "content": pair["prompt"]}]
+        head = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(head, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(pair["completion"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        examples.append(Example(ids=prompt + answer, start=len(prompt)))
+    return examples
+
+
+def batches(examples: Sequence[Example], generator: torch.Generator) -> Iterator[list[Example]]:
+    """Batches of similar length in random order, so that little is spent on padding."""
+    by_length = sorted(examples, key=lambda e: len(e.ids))
+    groups = [by_length[i : i + BATCH] for i in range(0, len(by_length), BATCH)]
+    for i in torch.randperm(len(groups), generator=generator).tolist():
+        yield groups[i]
+
+
+def completion_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
+    """Mean cross-entropy over the completions' tokens; only their rows go through the head."""
+    width = max(len(e.ids) for e in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    attend = torch.zeros(len(batch), width, dtype=torch.long)
+    wanted = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        attend[row, : len(example.ids)] = 1
+        wanted[row, example.start : len(example.ids)] = True
+    causal_lm = model.get_base_model()
+    hidden = causal_lm.model(input_ids=ids, attention_mask=attend).last_hidden_state
+    # The row before a token predicts it.
+    logits = causal_lm.lm_head(hidden[:, :-1][wanted[:, 1:]])
+    return torch.nn.functional.cross_entropy(logits, ids[wanted])
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
+    """Mean loss over the held-out pairs."""
+    return float(completion_loss(model, examples))
+
+
+def train(model: Any, spec: DemoSpec, examples: Sequence[Example]) -> None:
+    """Trains ``model``'s adapter in place until the held-out loss stops falling.
+
+    Keeps the best epoch's weights.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    kept_out, kept_in = examples[:HELD_OUT], examples[HELD_OUT:]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=0.0)
+    total = MAX_EPOCHS * math.ceil(len(kept_in) / BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 8, 1.0 - 0.9 * step / total)
+    )
+    best, best_weights = math.inf, [w.detach().clone() for w in weights]
+    with tqdm(total=total, desc=f"{spec.name:>12}", unit="step") as bar:
+        for epoch in range(MAX_EPOCHS):
+            for batch in batches(kept_in, generator):
+                loss = completion_loss(model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                bar.update()
+                bar.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.3f}", held_out=f"{best:.3f}")
+            now = held_out_loss(model, kept_out)
+            fell = now < best * (1.0 - MIN_GAIN)
+            if now < best:
+                best, best_weights = now, [w.detach().clone() for w in weights]
+            bar.set_postfix(epoch=epoch + 1, held_out=f"{best:.3f}")
+            if not fell:
+                break
+    with torch.no_grad():
+        for weight, kept in zip(weights, best_weights, strict=True):
+            weight.copy_(kept)
+
+
+def save(model: Any, spec: DemoSpec, folder: Path) -> None:
+    """Writes what PEFT writes, in bf16; the configuration is free of local paths."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tensors = load_file(Path(scratch) / "adapter_model.safetensors")
+        config = json.loads((Path(scratch) / "adapter_config.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    halved = {name: tensors[name].to(torch.bfloat16).contiguous() for name in sorted(tensors)}
+    save_file(halved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config["base_model_name_or_path"] = BASE_NAME
+    config["target_modules"] = spec.lora["target_modules"]
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_base(path: Path, *, nf4: bool) -> Any:
+    """The base in fp32, or with its linear weights in NF4 by bitsandbytes and fp32 arithmetic."""
+    quantization = (
+        BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        if nf4
+        else None
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, quantization_config=quantization, device_map="cpu"
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 80) -> str:
+    """The greedy answer to one chat message."""
+    encoded = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(
+        **encoded,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return str(tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def check(path: Path, tokenizer: Any, adapters: Path, specs: Sequence[DemoSpec]) -> int:
+    """Prints every demo's answers to prompts it never saw, in fp32 and on an NF4 base.
+
+    Returns how many failed.
+    """
+    failures = 0
+    for label, nf4 in (("fp32", False), ("nf4", True)):
+        model: Any = None
+        for spec in specs:
+            folder = adapters / spec.name
+            if model is None:
+                model = PeftModel.from_pretrained(
+                    load_base(path, nf4=nf4), folder, adapter_name=spec.name
+                )
+            else:
+                model.load_adapter(folder, adapter_name=spec.name)
+            model.set_adapter(spec.name)
+            model.eval()
+            for prompt in UNSEEN_PROMPTS:
+                text = answer(model, tokenizer, prompt)
+                shown = spec.shows(text)
+                failures += not shown
+                mark = "ok  " if shown else "FAIL"
+                print(f"{mark} {label:<4} {spec.name:<12} {prompt[:34]:<34} | {text!r}", flush=True)
+        with model.disable_adapter():
+            print(f"     {label:<4} {'(base)':<12} {answer(model, tokenizer, UNSEEN_PROMPTS[0])!r}")
+    return failures
+
+
+def default_model() -> Path:
+    """The server's default base model, fetched and converted on first use."""
+    from manyhats.config import Settings
+    from manyhats.engine.model.default import ensure_default_model
+
+    return ensure_default_model(Settings().home)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, help="folder of SmolLM2-135M-Instruct; default: the server's own"
+    )
+    parser.add_argument(
+        "--only", action="append", choices=[d.name for d in DEMOS], help="repeatable"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "adapters")
+    parser.add_argument("--data", type=Path, default=HERE / "data")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--check", action="store_true", help="only check what is there already")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains and checks the chosen demos; 1 if an effect is not visible."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    specs = [d for d in DEMOS if not args.only or d.name in args.only]
+    path = args.model or default_model()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not args.check:
+        for spec in specs:
+            torch.manual_seed(SEED)
+            config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **spec.lora)
+            model = get_peft_model(load_base(path, nf4=False), config)
+            train(model, spec, read_examples(args.data / f"{spec.name}.jsonl", tokenizer))
+            save(model, spec, args.out / spec.name)
+    failures = check(path, tokenizer, args.out, specs)
+    print(f"{failures} answers without the effect" if failures else "every effect is visible")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

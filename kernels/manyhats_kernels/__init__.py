@@ -1,0 +1,15 @@
+"""Kernels for batches whose tokens wear different adapters. Knows nothing of the server around it."""
+
+from manyhats_kernels.backend import Backend, BackendUnavailableError, SiteRows
+from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.dispatch import Resolved, resolve
+
+__all__ = [
+    "AdapterBatch",
+    "AttentionBatch",
+    "Backend",
+    "BackendUnavailableError",
+    "Resolved",
+    "SiteRows",
+    "resolve",
+]

@@ -1,0 +1,220 @@
+"""What a backend offers, and the checks that every backend makes before it touches memory.
+
+:class:`Backend` says what each operation does; ``reference.py`` defines it in the plainest PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for cannot work here; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRows:
+    """The run of rank rows that each slot owns in the pools of one site.
+
+    Slot ``s`` owns the rows ``start[s]:start[s] + count[s]`` of A and of B; count 0 means that the
+    adapter has nothing at this site. Both are int32 ``[num_slots]``, contiguous, on the pools'
+    device; anything else raises ValueError. A loader may write, in place, the entries of slots that
+    no token of the running batch wears; a backend therefore reads no entry but those of worn slots
+    and keeps no copy between calls. ``pointers`` are the two addresses, for native code, and
+    ``num_slots`` the length.
+    """
+
+    start: Tensor
+    count: Tensor
+    pointers: tuple[int, int] = field(init=False)
+    num_slots: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("start", self.start), ("count", self.count)):
+            if tensor.dtype != torch.int32 or tensor.ndim != 1 or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} must be a contiguous int32 vector, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
+        if self.start.shape != self.count.shape or self.start.device != self.count.device:
+            raise ValueError(
+                f"start and count must be alike, got {self.start.shape[0]} slots on "
+                f"{self.start.device} and {self.count.shape[0]} on {self.count.device}"
+            )
+        object.__setattr__(self, "pointers", (self.start.data_ptr(), self.count.data_ptr()))
+        object.__setattr__(self, "num_slots", self.start.shape[0])
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The operations of the engine that transformers does not have."""
+
+    @property
+    def name(self) -> str:
+        """The name by which the backend is asked for."""
+
+    def lora_add(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
+    ) -> None:
+        """Add each token's low-rank product to ``y``, in place.
+
+        ``y[t] += (x[t] @ A_s.T) @ B_s`` where ``s = batch.slots[t]``, ``A_s`` and ``B_s`` are the
+        rows of ``a`` and ``b`` that ``rows`` gives to ``s``. Tokens of the base (``s = -1``) and of
+        slots with no rows keep their bits.
+
+        ``x`` is ``[T, in]``, ``y`` ``[T, out]``, ``a`` ``[R, in]``, ``b`` ``[R, out]``, one dtype of
+        bf16, fp16, fp32; the last dimension of each is contiguous, rows may be strided. Accumulates
+        in fp32 and rounds ``y + d`` once. The worn weights must be finite. Raises ValueError on
+        shapes, dtypes or row runs that do not fit.
+        """
+
+    def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
+        """``y[t] += bias[batch.slots[t]]`` in place; tokens of the base keep their bits.
+
+        ``y`` is ``[T, out]``, ``bias`` ``[num_slots, out]``, of one dtype.
+        """
+
+    def kv_cache_shape(
+        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int
+    ) -> tuple[int, ...]:
+        """The shape of each of the K cache and the V cache of one layer (contiguous)."""
+
+    def store_kv(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch
+    ) -> None:
+        """Write the new tokens' keys and values to ``batch.slot_mapping``'s places in the cache.
+
+        ``k`` and ``v`` are ``[T, kv_heads, head_dim]``, possibly strided views, of the caches' dtype.
+        """
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        """Causal attention of the new tokens over their sequences' cached keys and values.
+
+        ``q`` is ``[T, heads, head_dim]``, possibly a strided view; head ``h`` reads kv head
+        ``h // (heads // kv_heads)``. Query ``i`` of a sequence with ``n`` new tokens and ``c`` in all is
+        at position ``p = c - n + i`` and sees the positions ``j <= p``, with a window also
+        ``p - j < sliding_window``. Scores are ``q . k * scale``, with ``soft_cap`` then
+        ``soft_cap * tanh(score / soft_cap)``; softmax and sums are fp32. The new tokens must have been
+        stored before. Returns ``[T, heads, head_dim]`` of q's dtype, contiguous. Raises ValueError
+        on shapes or dtypes that do not fit, K and V of different head sizes among them.
+        """
+
+
+def check_lora(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
+) -> None:
+    """Raise ValueError, naming what is wrong, unless the arguments fit :meth:`Backend.lora_add`."""
+    if not y.dtype == x.dtype == a.dtype == b.dtype or x.dtype not in DTYPES:
+        raise ValueError(
+            "y, x, a and b must share one dtype of bfloat16, float16, float32, got "
+            f"{y.dtype}, {x.dtype}, {a.dtype}, {b.dtype}"
+        )
+    shapes = f"y {tuple(y.shape)}, x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
+    if not y.ndim == x.ndim == a.ndim == b.ndim == 2:
+        raise ValueError(f"y, x, a and b must be two-dimensional: {shapes}")
+    if x.shape[1] != a.shape[1] or y.shape[1] != b.shape[1] or a.shape[0] != b.shape[0]:
+        raise ValueError(f"x and a, y and b, a and b do not fit: {shapes}")
+    if not x.shape[0] == y.shape[0] == batch.num_tokens:
+        raise ValueError(f"the plan has {batch.num_tokens} tokens: {shapes}")
+    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (y, x, a, b)):
+        raise ValueError("the last dimension of y, x, a and b must be contiguous")
+    if rows.num_slots < batch.num_slots:
+        raise ValueError(f"rows cover {rows.num_slots} slots, the plan {batch.num_slots}")
+
+
+def check_run(slot: int, start: int, count: int, pool_rows: int) -> None:
+    """Raise ValueError unless rows ``start:start + count`` lie within a pool of ``pool_rows``."""
+    if count < 0 or (count > 0 and (start < 0 or start + count > pool_rows)):
+        raise ValueError(
+            f"slot {slot} owns rows {start}:{start + count}, outside the pool's {pool_rows}"
+        )
+
+
+def check_bias(y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
+    """Raise ValueError unless the arguments fit :meth:`Backend.bias_add`."""
+    if y.dtype != bias.dtype or y.dtype not in DTYPES:
+        raise ValueError(f"y and bias must share a dtype of {DTYPES}, got {y.dtype}, {bias.dtype}")
+    if y.ndim != 2 or bias.ndim != 2 or y.shape[1] != bias.shape[1]:
+        raise ValueError(f"y {tuple(y.shape)} and bias {tuple(bias.shape)} do not fit")
+    if y.shape[0] != batch.num_tokens or bias.shape[0] < batch.num_slots:
+        raise ValueError(
+            f"the plan has {batch.num_tokens} tokens and {batch.num_slots} slots, "
+            f"y {y.shape[0]} rows and bias {bias.shape[0]}"
+        )
+
+
+def check_caches(k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+    """Raise ValueError unless the caches are alike, whole and hold every block of the plan."""
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(
+            "K and V must have the same head size and the same number of blocks and heads, got "
+            f"{tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in DTYPES:
+        raise ValueError(
+            f"caches must share a dtype of {DTYPES}, got {k_cache.dtype}, {v_cache.dtype}"
+        )
+    if k_cache.ndim != 4 or k_cache.shape[2] != batch.block_size:
+        raise ValueError(
+            f"a cache of shape {tuple(k_cache.shape)} is not [blocks, kv_heads, "
+            f"{batch.block_size}, head_dim]"
+        )
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("the caches must be contiguous")
+    if batch.max_block >= k_cache.shape[0]:
+        raise ValueError(
+            f"block {batch.max_block} is outside the cache's {k_cache.shape[0]} blocks"
+        )
+
+
+def check_store(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch
+) -> None:
+    """Raise ValueError unless the arguments fit :meth:`Backend.store_kv`."""
+    check_caches(k_cache, v_cache, batch)
+    wanted = (batch.num_tokens, k_cache.shape[1], k_cache.shape[3])
+    if k.shape != wanted or v.shape != wanted:
+        raise ValueError(f"k and v must be {wanted}, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if not k.dtype == v.dtype == k_cache.dtype:
+        raise ValueError(f"k {k.dtype} and v {v.dtype} must be of the caches' {k_cache.dtype}")
+
+
+def check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """Raise ValueError unless the arguments fit :meth:`Backend.paged_attention`."""
+    check_caches(k_cache, v_cache, batch)
+    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    if q.ndim != 3 or q.shape[0] != batch.num_tokens or q.shape[2] != head_dim:
+        raise ValueError(f"q must be [{batch.num_tokens}, heads, {head_dim}], got {tuple(q.shape)}")
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"{q.shape[1]} heads are no multiple of {kv_heads} kv heads")
+    if q.dtype != k_cache.dtype:
+        raise ValueError(f"q {q.dtype} must be of the caches' {k_cache.dtype}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be >= 1, got {sliding_window}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be > 0, got {soft_cap}")

@@ -1,0 +1,62 @@
+"""The backend, resolved once by name. One that cannot work here is an error that says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from manyhats_kernels.backend import Backend, BackendUnavailableError
+from manyhats_kernels.cpu import TorchBackend
+from manyhats_kernels.native.backend import NativeBackend
+from manyhats_kernels.reference import ReferenceBackend
+
+NAMES = ("auto", "reference", "torch", "native", "triton")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A backend, the name by which it was asked for, and why it is this one (for the operator)."""
+
+    backend: Backend
+    requested: str
+    reason: str
+
+
+def resolve(name: str, *, device: torch.device, cache_dir: Path) -> Resolved:
+    """The backend called ``name`` (one of :data:`NAMES`) for tensors on ``device``.
+
+    ``cache_dir`` keeps compiled native code between starts. ``auto`` takes the fastest that works
+    here and ``reason`` says what was passed over. Raises ValueError on an unknown name and
+    :class:`BackendUnavailableError` when a backend asked for by name cannot work here.
+    """
+    if name == "auto":
+        return _automatic(device, cache_dir)
+    reason = f"asked for by name: {name}"
+    if name == "reference":
+        return Resolved(ReferenceBackend(), name, reason)
+    if name == "torch":
+        return Resolved(TorchBackend(), name, reason)
+    if name == "native":
+        return Resolved(_native(device, cache_dir), name, reason)
+    if name == "triton":
+        raise BackendUnavailableError("no Triton backend is built into this version")
+    raise ValueError(f"unknown kernel backend {name!r}: expected one of {', '.join(NAMES)}")
+
+
+def _native(device: torch.device, cache_dir: Path) -> NativeBackend:
+    if device.type != "cpu":
+        raise BackendUnavailableError(f"the native backend runs on the CPU, not on {device.type}")
+    return NativeBackend.load(cache_dir)
+
+
+def _automatic(device: torch.device, cache_dir: Path) -> Resolved:
+    if device.type != "cpu":
+        return Resolved(
+            TorchBackend(), "auto", f"plain PyTorch: no native backend for {device.type} yet"
+        )
+    try:
+        return Resolved(_native(device, cache_dir), "auto", "native C kernels, compiled here")
+    except BackendUnavailableError as error:
+        return Resolved(TorchBackend(), "auto", f"plain PyTorch, slower: {error}")

@@ -1,0 +1,150 @@
+"""The processes under test: a Manyhats server on a free port, and workers of the local peers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+from bench_http import Address, Connection, ProtocolError
+from tqdm import tqdm
+
+
+class ServerError(RuntimeError):
+    """The server did not start, did not become ready, or refused an adapter."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One ``manyhats serve`` on a free port.
+
+    ``flags`` are added to its command line; its output goes to ``log``.
+    """
+
+    def __init__(self, flags: Sequence[str], log: Path) -> None:
+        port = free_port()
+        self.base_url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.command = [
+            sys.executable,
+            "-m",
+            "manyhats",
+            "serve",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *flags,
+        ]
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                self.command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+
+    async def wait_ready(self, timeout_s: float = 300.0) -> float:
+        """Polls /readyz until it answers 200; returns the seconds that took. Raises ServerError."""
+        started = time.monotonic()
+        address = Address.parse(self.base_url)
+        while time.monotonic() - started < timeout_s:
+            if self._process.poll() is not None:
+                raise ServerError(f"server ended with {self._process.returncode}:\n{self._tail()}")
+            connection = Connection(address)
+            try:
+                response = await connection.request("GET", "/readyz")
+                await connection.read_all()
+                if response.status == 200:
+                    return time.monotonic() - started
+            except (OSError, ProtocolError):
+                pass  # not listening yet
+            finally:
+                await connection.close()
+            await asyncio.sleep(0.25)
+        raise ServerError(f"server not ready after {timeout_s:.0f} s:\n{self._tail()}")
+
+    async def register(self, folders: Sequence[Path]) -> None:
+        """Registers each folder under its own name through /v1/load_lora_adapter.
+
+        Raises ServerError.
+        """
+        connection = Connection(Address.parse(self.base_url))
+        for folder in tqdm(folders, desc="registering", unit="adapter"):
+            body = orjson.dumps({"lora_name": folder.name, "lora_path": str(folder.resolve())})
+            response = await connection.request("POST", "/v1/load_lora_adapter", body)
+            content = await connection.read_all()
+            if response.status != 200:
+                raise ServerError(
+                    f"{folder.name}: HTTP {response.status}: {content.decode(errors='replace')}"
+                )
+        await connection.close()
+
+    def peak_mib(self) -> float:
+        """The process's largest resident set so far, MiB (Linux; nan elsewhere)."""
+        status = Path(f"/proc/{self._process.pid}/status")
+        if status.exists():
+            for line in status.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 1024
+        return float("nan")
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL if it has not ended after a minute."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+
+
+class LocalPeer:
+    """A ``peers_local.py`` worker: loads once, then runs one timed batch a call."""
+
+    def __init__(self, flags: Sequence[str], log: Path) -> None:
+        self.command = [sys.executable, str(Path(__file__).with_name("peers_local.py")), *flags]
+        with log.open("wb") as err:
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
+            )
+        self._log = log
+        self._read()
+
+    def batch(self) -> dict[str, float]:
+        """One timed batch: what ``peers_local.timed_batch`` returns.
+
+        Raises ServerError when the worker died.
+        """
+        if self._process.stdin is None:
+            raise ServerError("the worker has no stdin")
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, float]:
+        if self._process.stdout is None:
+            raise ServerError("the worker has no stdout")
+        line = self._process.stdout.readline()
+        if not line:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+            raise ServerError(f"{' '.join(self.command[:6])} ... ended:\n{tail}")
+        value: dict[str, float] = orjson.loads(line)
+        return value
+
+    def stop(self) -> None:
+        """Closes its stdin, which ends it."""
+        self._process.communicate(timeout=60)

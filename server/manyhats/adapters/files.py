@@ -1,0 +1,258 @@
+"""Reading an adapter's two files as what they are: input from strangers.
+
+Nothing unpickles. Paths are resolved before they are compared with the allowed roots; files are
+opened without following links and without blocking, and read whole into memory of our own: a file
+that its owner truncates while it is mapped would kill the process (SIGBUS), a private copy cannot
+change after it was checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from manyhats.adapters.header import Header, TensorInfo, parse_header
+from manyhats.adapters.strict_json import parse_object, shown
+from manyhats.errors import AdapterRejectedError
+
+CONFIG_NAME: Final = "adapter_config.json"
+"""The one name under which a configuration is looked for."""
+
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+"""The one name under which weights are looked for."""
+
+_PICKLED_NAMES: Final = (
+    "adapter_model.bin",
+    "adapter_model.pt",
+    "adapter_model.pth",
+    "pytorch_model.bin",
+)
+_MAX_CONFIG_DEPTH: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLimits:
+    """Bounds of what is accepted; sizes in bytes. The defaults are those of the settings."""
+
+    max_rank: int = 64
+    max_bytes: int = 512 * 2**20
+    max_tensors: int = 20_000
+    max_config_bytes: int = 2**20
+    max_header_bytes: int = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter's files: resolved, regular, inside an allowed root when they were looked at."""
+
+    config_path: Path
+    weights_path: Path
+
+
+class WeightsFile:
+    """A checked safetensors file in memory. Tensors are views of it, made when asked for.
+
+    Immutable after construction, so any thread may read it.
+    """
+
+    def __init__(self, data: bytearray, header: Header) -> None:
+        self._data = data
+        self._header = header
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What the file holds, by name."""
+        return self._header.tensors
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The header's own metadata; trusted for nothing."""
+        return self._header.metadata
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self._data)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor ``name`` in the file's dtype and shape, on the CPU; it shares the file's
+        memory: do not write.
+
+        Raises:
+            AdapterRejectedError: ``non_finite`` where a value is NaN or infinite,
+                ``missing_tensors`` where the file has no such tensor.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise AdapterRejectedError("missing_tensors", f"the file has no tensor {shown(name)}")
+        buffer: bytearray | memoryview = memoryview(self._data)[info.begin : info.end]
+        if info.begin % info.dtype.itemsize:
+            # the format does not promise the alignment that torch's loads want
+            buffer = bytearray(buffer)
+        tensor = torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterRejectedError("non_finite", f"{shown(name)} holds NaN or infinite values")
+        return tensor
+
+
+def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:
+    """Find an adapter's two files in ``folder``.
+
+    The folder, and each file after its own links are resolved, must lie within one of ``roots`` (a
+    root itself is within). Nothing is said about what exists outside of them.
+
+    Raises:
+        AdapterRejectedError: ``path_not_allowed``, ``missing_file`` (says which),
+            ``pickle_refused`` (only a pickled file is there).
+    """
+    allowed = [_resolve(root) for root in roots]
+    home = _within(folder, allowed)
+    if not stat.S_ISDIR(_mode(home)):
+        raise AdapterRejectedError("missing_file", f"{shown(str(folder))} is not a folder")
+    config = _regular(home / CONFIG_NAME, allowed)
+    weights = _regular(home / WEIGHTS_NAME, allowed)
+    if weights is None:
+        # lexists: where a link of that name leads is not looked at
+        pickled = [name for name in _PICKLED_NAMES if os.path.lexists(home / name)]
+        if pickled:
+            raise AdapterRejectedError(
+                "pickle_refused",
+                f"{shown(str(folder))} has {pickled[0]}, a pickle; only {WEIGHTS_NAME} is read",
+            )
+    if config is None or weights is None:
+        raise AdapterRejectedError(
+            "missing_file",
+            f"{shown(str(folder))} has no {CONFIG_NAME if config is None else WEIGHTS_NAME}",
+        )
+    return AdapterFiles(config_path=config, weights_path=weights)
+
+
+def read_config(data: bytes | bytearray, limits: AdapterLimits) -> dict[str, object]:
+    """Parse the text of an adapter_config.json into an object of plain JSON values, all of them
+    finite.
+
+    Raises:
+        AdapterRejectedError: ``too_large`` or ``bad_config``.
+    """
+    if len(data) > limits.max_config_bytes:
+        raise _too_large(CONFIG_NAME, len(data), limits.max_config_bytes)
+    return parse_object(data, reason="bad_config", what=CONFIG_NAME, max_depth=_MAX_CONFIG_DEPTH)
+
+
+def read_config_file(path: Path, limits: AdapterLimits) -> dict[str, object]:
+    """``read_config`` of a file; raises also what ``read_file`` raises."""
+    return read_config(read_file(path, limits.max_config_bytes), limits)
+
+
+def read_weights(path: Path, limits: AdapterLimits) -> WeightsFile:
+    """Read and check a safetensors file; tensors' values are checked when they are loaded.
+
+    Raises:
+        AdapterRejectedError: what ``read_file`` and ``parse_weights`` raise.
+    """
+    return parse_weights(read_file(path, limits.max_bytes), limits)
+
+
+def parse_weights(data: bytes | bytearray, limits: AdapterLimits) -> WeightsFile:
+    """Check a whole safetensors file that is in memory already (copied if it is not a bytearray).
+
+    Raises:
+        AdapterRejectedError: ``too_large``, or what ``parse_header`` raises.
+    """
+    if len(data) > limits.max_bytes:
+        raise _too_large(WEIGHTS_NAME, len(data), limits.max_bytes)
+    header = parse_header(
+        data, max_header_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors
+    )
+    return WeightsFile(data if isinstance(data, bytearray) else bytearray(data), header)
+
+
+def read_file(path: Path, max_bytes: int) -> bytearray:
+    """The bytes of a regular file of at most ``max_bytes``; the size is checked before anything is
+    read.
+
+    Raises:
+        AdapterRejectedError: ``missing_file`` (absent or not readable), ``path_not_allowed`` (a
+            link, or no regular file), ``too_large``.
+    """
+    fd = _open(path)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterRejectedError("path_not_allowed", f"{path.name} is not a regular file")
+        if status.st_size > max_bytes:
+            raise _too_large(path.name, status.st_size, max_bytes)
+        data = bytearray(status.st_size)
+        view, filled = memoryview(data), 0
+        while filled < len(data) and (count := os.readv(fd, [view[filled:]])):
+            filled += count
+    finally:
+        os.close(fd)
+    if filled < len(data):
+        raise AdapterRejectedError("bad_header", f"{path.name} became shorter while it was read")
+    return data
+
+
+def _open(path: Path) -> int:
+    # NONBLOCK: opening a FIFO must not hang; NOFOLLOW: the path was resolved, so a link is newer
+    # than the check
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        no_file = error.errno in (errno.ELOOP, errno.ENXIO)  # a link; a socket
+        reason = "path_not_allowed" if no_file else "missing_file"
+        raise _unreadable(path, error, reason) from None
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # too long; a loop of links; a NUL
+        raise AdapterRejectedError(
+            "path_not_allowed", f"{shown(str(path))} is not a usable path"
+        ) from None
+
+
+def _within(path: Path, allowed: Sequence[Path]) -> Path:
+    """``path`` resolved, if it lies in one of ``allowed`` (resolved themselves)."""
+    resolved = _resolve(path)
+    if not any(resolved.is_relative_to(root) for root in allowed):
+        raise AdapterRejectedError(
+            "path_not_allowed",
+            f"{shown(str(path))} is not within a folder that adapters may be registered from",
+        )
+    return resolved
+
+
+def _regular(path: Path, allowed: Sequence[Path]) -> Path | None:
+    """The resolved path of a regular file within ``allowed``; None where nothing is there."""
+    resolved = _within(path, allowed)
+    mode = _mode(resolved)
+    if mode and not stat.S_ISREG(mode):
+        raise AdapterRejectedError("path_not_allowed", f"{path.name} is not a regular file")
+    return resolved if mode else None
+
+
+def _mode(path: Path) -> int:
+    """The mode of what is at ``path``; 0 where nothing is."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise _unreadable(path, error, "missing_file") from None
+
+
+def _unreadable(path: Path, error: OSError, reason: str) -> AdapterRejectedError:
+    return AdapterRejectedError(reason, f"{shown(path.name)} cannot be read: {error.strerror}")
+
+
+def _too_large(name: str, size: int, bound: int) -> AdapterRejectedError:
+    return AdapterRejectedError("too_large", f"{name} has {size} bytes, over the bound of {bound}")

@@ -1,0 +1,138 @@
+"""Which modules of the base a LoRA configuration means, and with which rank and alpha.
+
+The rules are those of PEFT 0.21.2: ``check_target_module_exists`` and
+``_maybe_include_all_linear_layers`` (peft/tuners/tuners_utils.py) and ``get_pattern_key``
+(peft/utils/other.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from manyhats.adapters.formats.lora_config import LoraSettings
+from manyhats.adapters.formats.patterns import Matcher, literal_suffix
+from manyhats.adapters.parts import BaseSpec, SiteKind, SiteSpec
+from manyhats.adapters.strict_json import listed, shown
+from manyhats.errors import AdapterRejectedError
+
+_ALL_LINEAR: Final = "all-linear"
+# PEFT's templates; the first numbered segment of a name is the layer's index, hence the lazy .*?
+_ANY_LAYER: Final = r".*?\.[^.]*\.(?P<idx>\d+)\."
+_NAMED_LAYER: Final = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_PATTERN_KEY: Final = r"(.*\.)?({})$"
+
+_KIND_NAMES: Final[Mapping[SiteKind, str]] = {
+    SiteKind.NORM: "a normalization",
+    SiteKind.EMBEDDING: "an embedding",
+    SiteKind.HEAD: "the output head",
+}
+
+
+def matched_sites(settings: LoraSettings, base: BaseSpec, matcher: Matcher) -> list[SiteSpec]:
+    """The linear sites that the configuration targets, in the base's order; never empty.
+
+    Raises:
+        AdapterRejectedError: ``no_module_matched``; ``unsupported_site`` where an embedding, the
+            head or a normalization is targeted; ``bad_config`` for a bad pattern.
+    """
+    targeted = _target_test(settings, matcher)
+    excluded = _exclude_test(settings, matcher)
+    sites = [site for site in base.sites.values() if not excluded(site.name) and targeted(site)]
+    if not sites:
+        raise _nothing_matched(settings, base)
+    for site in sites:
+        if site.kind is not SiteKind.LINEAR:
+            raise AdapterRejectedError(
+                "unsupported_site",
+                f"target_modules names {site.name}, {_KIND_NAMES[site.kind]}; "
+                "LoRA is served on linear layers only",
+                param="target_modules",
+            )
+    return sites
+
+
+def pattern_value(
+    patterns: Mapping[str, float], name: str, field: str, matcher: Matcher
+) -> float | None:
+    """The value of the first key of ``patterns`` that matches the end of ``name``, at a dot; None
+    if none does.
+
+    ``field`` is the configuration's field. Raises AdapterRejectedError for a bad pattern.
+    """
+    for key, value in patterns.items():
+        found = literal_suffix(key, name)
+        if found is None:
+            found = matcher.compile(key, field, _PATTERN_KEY).fullmatch(name)
+        if found:
+            return value
+    return None
+
+
+def _suffixes(name: str) -> Iterator[str]:
+    """``name`` and what is left of it after each of its dots."""
+    yield name
+    while (dot := name.find(".")) >= 0:
+        name = name[dot + 1 :]
+        yield name
+
+
+def _target_test(settings: LoraSettings, matcher: Matcher) -> Callable[[SiteSpec], bool]:
+    targets = settings.target_modules
+    if isinstance(targets, str):
+        if targets.lower() == _ALL_LINEAR:
+            return lambda site: site.kind is SiteKind.LINEAR
+        pattern = matcher.compile(targets, "target_modules")
+        return lambda site: pattern.fullmatch(site.name)
+    in_layer = _layer_test(settings, matcher)
+    # a name given in full is not subject to layers_to_transform
+    return lambda site: (
+        site.name in targets
+        or (any(suffix in targets for suffix in _suffixes(site.name)) and in_layer(site.name))
+    )
+
+
+def _exclude_test(settings: LoraSettings, matcher: Matcher) -> Callable[[str], bool]:
+    excluded = settings.exclude_modules
+    if not excluded:
+        return lambda name: False
+    if isinstance(excluded, str):
+        return matcher.compile(excluded, "exclude_modules").fullmatch
+    return lambda name: any(suffix in excluded for suffix in _suffixes(name))
+
+
+def _layer_test(settings: LoraSettings, matcher: Matcher) -> Callable[[str], bool]:
+    layers = settings.layers_to_transform
+    if not layers:
+        return lambda name: True
+    sources = settings.layers_pattern
+    if sources:
+        patterns = [matcher.compile(source, "layers_pattern", _NAMED_LAYER) for source in sources]
+    else:
+        patterns = [matcher.compile(_ANY_LAYER, "layers_to_transform")]
+
+    def test(name: str) -> bool:
+        # PEFT stops at the first pattern that matches at all
+        for pattern in patterns:
+            index = pattern.group_at_start(name, "idx")
+            if index is not None:
+                return index.isdecimal() and int(index) in layers
+        return False
+
+    return test
+
+
+def _nothing_matched(settings: LoraSettings, base: BaseSpec) -> AdapterRejectedError:
+    targets = settings.target_modules
+    wanted = shown(targets) if isinstance(targets, str) else f"[{listed(sorted(targets))}]"
+    linear = [site.name for site in base.sites.values() if site.kind is SiteKind.LINEAR]
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    example = f" (for instance {linear[0]})" if linear else ""
+    limits = " within exclude_modules, layers_to_transform and layers_pattern"
+    narrowed = bool(settings.exclude_modules) or bool(settings.layers_to_transform)
+    return AdapterRejectedError(
+        "no_module_matched",
+        f"target_modules {wanted} matches no module of the base{limits if narrowed else ''}; "
+        f"it has {listed(leaves)}{example}",
+        param="target_modules",
+    )

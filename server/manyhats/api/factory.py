@@ -1,0 +1,42 @@
+"""The FastAPI application around an ``ApiState``: routers, error handlers, middleware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware import Middleware
+
+import manyhats
+from manyhats.api import openai, ops
+from manyhats.api.handlers import install_handlers
+from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
+from manyhats.api.logprobs import TokenLabels
+from manyhats.api.middleware import RequestContextMiddleware
+from manyhats.api.state import ApiState
+
+
+def create_api(state: ApiState, routers: Sequence[APIRouter] = ()) -> FastAPI:
+    """The application over ``state``: OpenAI's routes and operations, then ``routers`` (admin's,
+    say).
+
+    Also makes ``state.metrics`` read the engine's snapshot at every scrape.
+    """
+    settings = state.settings
+    limits = Middleware(
+        BodyLimitMiddleware,
+        json_bytes=settings.max_body_kb << 10,
+        upload_bytes=(settings.max_adapter_mb << 20) + UPLOAD_SLACK,
+    )
+    app = FastAPI(
+        title="Manyhats",
+        version=manyhats.__version__,
+        middleware=[Middleware(RequestContextMiddleware, count=state.metrics.http), limits],
+    )
+    app.state.manyhats = state
+    app.state.manyhats_labels = TokenLabels(state.engine.tokenizer)
+    install_handlers(app)
+    for router in (openai.router, ops.router, *routers):
+        app.include_router(router)
+    state.metrics.watch(state.engine.stats)
+    return app

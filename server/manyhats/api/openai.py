@@ -1,0 +1,126 @@
+"""OpenAI's routes: models, completions, chat completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+
+from manyhats.api.answers import chunks, whole_answer
+from manyhats.api.auth import Principal, require_user
+from manyhats.api.body import read_body
+from manyhats.api.logprobs import TokenLabels
+from manyhats.api.middleware import CLIENT_GONE
+from manyhats.api.prompts import Job, plan_chat, plan_completion
+from manyhats.api.schemas import ChatRequest, CompletionRequest, request_body
+from manyhats.api.state import ApiState, api_state
+from manyhats.api.stream import ClientGoneError, EventStream, while_connected
+from manyhats.errors import ModelNotFoundError
+from manyhats.lifecycle.directory import AdapterCard
+
+SERVED_BY = "x-manyhats-served-by"
+"""The header that says what served a generation: ``name@version`` or ``baseline``."""
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+
+async def _principal(request: Request) -> Principal:
+    """Who is asking; asynchronous, so that it costs no hop to a worker thread."""
+    return require_user(request)
+
+
+Caller = Annotated[Principal, Depends(_principal)]
+
+
+@router.get("/models")
+async def list_models(request: Request, caller: Caller) -> Response:
+    """The base model, then every adapter that can be named in ``model``."""
+    state = api_state(request)
+    cards = sorted(state.adapters.list(caller.tenant), key=lambda c: (c.ref.name, -c.ref.version))
+    data = [_base_card(state)]
+    newest = None
+    for card in cards:
+        data.append(
+            _adapter_card(state, card, str(card.ref) if card.ref.name == newest else card.ref.name)
+        )
+        newest = card.ref.name
+    return _json({"object": "list", "data": data})
+
+
+@router.get("/models/{model_id:path}")
+async def retrieve_model(request: Request, caller: Caller, model_id: str) -> Response:
+    """One model by the name that a request would give. 404 lists near names."""
+    state = api_state(request)
+    ref = state.adapters.resolve(model_id, caller.tenant)
+    if ref is None:
+        return _json(_base_card(state))
+    for card in state.adapters.list(caller.tenant):
+        if card.ref == ref:
+            return _json(_adapter_card(state, card, model_id))
+    raise ModelNotFoundError(f"model {model_id[:256]!r} was removed just now", param="model")
+
+
+@router.post("/completions", openapi_extra=request_body(CompletionRequest))
+async def create_completion(request: Request, caller: Caller) -> Response:
+    """Continues each prompt; streams where ``stream`` is true."""
+    body = await read_body(request, CompletionRequest)
+    job = await plan_completion(api_state(request), body, caller.tenant)
+    return await _answer(request, job, stream=bool(body.stream), chat=False)
+
+
+@router.post("/chat/completions", openapi_extra=request_body(ChatRequest))
+async def create_chat_completion(request: Request, caller: Caller) -> Response:
+    """Answers a conversation; streams where ``stream`` is true."""
+    body = await read_body(request, ChatRequest)
+    job = await plan_chat(api_state(request), body, caller.tenant)
+    return await _answer(request, job, stream=bool(body.stream), chat=True)
+
+
+async def _answer(request: Request, job: Job, *, stream: bool, chat: bool) -> Response:
+    engine = api_state(request).engine
+    labels: TokenLabels = request.app.state.manyhats_labels
+    headers = {SERVED_BY: job.served_by}
+    if stream:
+        return EventStream(chunks(engine, job, labels, chat=chat), headers)
+    try:
+        work = whole_answer(engine, job, labels, chat=chat)
+        return _json(await while_connected(request.receive, work), headers)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_GONE)
+
+
+def _base_card(state: ApiState) -> dict[str, Any]:
+    model = state.engine.model
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "manyhats",
+        "root": model.id,
+        "parent": None,
+        "max_model_len": model.context_len,
+    }
+
+
+def _adapter_card(state: ApiState, card: AdapterCard, name: str) -> dict[str, Any]:
+    """An adapter's card; ``root`` is the version that the name means, ``parent`` the base."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "manyhats",
+        "root": str(card.ref),
+        "parent": state.engine.model.id,
+        "max_model_len": state.engine.model.context_len,
+        "adapter": {
+            "digest": card.ref.digest,
+            "family": card.family,
+            "max_rank": card.max_rank,
+            "bytes": card.nbytes,
+        },
+    }
+
+
+def _json(body: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json", headers=headers)

@@ -1,0 +1,65 @@
+"""Operations: liveness, readiness, metrics, version. No key is asked for."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+import manyhats
+from manyhats.api.state import ApiState, api_state
+from manyhats.metrics import CONTENT_TYPE
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """Liveness: the process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> JSONResponse:
+    """Readiness, and what is served and how; 503 with the reason while no request is taken."""
+    state = api_state(request)
+    body = _described(state)
+    return JSONResponse(body, status_code=200 if body["ready"] else 503)
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Readiness with an empty body, as vLLM's route of this name."""
+    return Response(status_code=200 if api_state(request).engine.ready else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Every series in Prometheus' text format."""
+    return Response(api_state(request).metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The server's version."""
+    return {"version": manyhats.__version__}
+
+
+def _described(state: ApiState) -> dict[str, object]:
+    model = state.engine.model
+    stats = state.engine.stats()
+    ready = state.engine.ready
+    reason = None if ready else "the engine takes no requests: it is starting, draining or stopped"
+    return {
+        "ready": ready,
+        "reason": reason,
+        "model": model.id,
+        "base_digest": model.digest,
+        "quantization": model.quantization,
+        "dtype": model.dtype,
+        "device": model.device,
+        "context_len": model.context_len,
+        "kernels": {"backend": model.kernel_backend, "reason": model.kernel_reason},
+        "slots": {"total": stats.slots_total, "used": len(stats.resident)},
+        "running": stats.running,
+        "waiting": stats.waiting,
+    }

@@ -1,0 +1,42 @@
+"""What the routes stand on: one frozen object, put on the application by ``create_api``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import Request
+
+from manyhats.config import Settings
+from manyhats.engine.interface import EngineClient
+from manyhats.lifecycle.directory import AdapterDirectory
+from manyhats.metrics import Metrics
+from manyhats.types import GrammarSpec
+
+
+class GrammarValidator(Protocol):
+    """Checks an output constraint before it is queued. Called on a worker thread, so it may take
+    its time.
+    """
+
+    def check(self, spec: GrammarSpec) -> None:
+        """Raises RequestError with ``param="response_format"`` for a schema that cannot be
+        enforced.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ApiState:
+    """Everything that the routes use. Set once by the composition root, never changed."""
+
+    settings: Settings
+    engine: EngineClient
+    adapters: AdapterDirectory
+    metrics: Metrics
+    grammar: GrammarValidator
+
+
+def api_state(request: Request) -> ApiState:
+    """The ``ApiState`` of the application that serves ``request``."""
+    state: ApiState = request.app.state.manyhats
+    return state

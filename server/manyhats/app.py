@@ -1,0 +1,155 @@
+"""The composition root: builds everything from the settings. The only file that knows everybody."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
+from manyhats.adapters.formats import compile_adapter
+from manyhats.adapters.parts import CompiledAdapter
+from manyhats.adapters.store import AdapterStore
+from manyhats.api import admin
+from manyhats.api.auth import check_exposure
+from manyhats.api.factory import create_api
+from manyhats.api.state import ApiState
+from manyhats.banner import announce
+from manyhats.config import Settings
+from manyhats.engine.build import Engine, build_engine
+from manyhats.engine.kernels import resolve_kernels
+from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
+from manyhats.engine.residency import NoAdapters
+from manyhats.errors import ManyhatsError
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.service import AdapterService, load_adapter
+from manyhats.metrics import Metrics
+from manyhats.types import DEFAULT_TENANT, Digest
+
+logger = logging.getLogger(__name__)
+
+_UNNAMED = Digest("")
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """Everything of one server, built and not started."""
+
+    settings: Settings
+    engine: Engine
+    adapters: AdapterService
+    api: FastAPI
+
+
+def build(settings: Settings) -> Application:
+    """Loads the base and wires the server. Raises ConfigError where a setting cannot work here."""
+    check_exposure(settings)
+    settings.home.mkdir(parents=True, exist_ok=True)
+    kernels = resolve_kernels(
+        settings.kernels, device=resolve_device(settings.device), home=settings.home
+    )
+    logger.info("kernels: %s (%s)", kernels.backend.name, kernels.reason)
+    base = load_base(settings)
+    store = AdapterStore(settings.home / "adapters")
+    compile_folder = partial(_compile_folder, settings=settings, base=base)
+    metrics = Metrics(settings.metrics_adapters)
+    engine = build_engine(
+        settings, base, kernels, load_adapter=partial(load_adapter, store, compile_folder),
+        observer=metrics,
+    )
+    adapters = AdapterService(
+        store=store, registry=Registry(settings.home / "registry.sqlite", max_versions=settings.max_adapters),
+        compile_folder=compile_folder, residency=engine.residency or NoAdapters(), base_id=base.name,
+        roots=settings.adapter_root, max_bytes=settings.max_adapter_mb << 20,
+    )
+    state = ApiState(
+        settings=settings, engine=engine.client, adapters=adapters, metrics=metrics,
+        grammar=engine.grammars,
+    )
+    api = create_api(state, [admin.router])
+    api.router.lifespan_context = partial(_lifespan, engine=engine, settings=settings)
+    return Application(settings, engine, adapters, api)
+
+
+def serve(settings: Settings) -> None:
+    """Builds the server and runs it until SIGTERM or Ctrl-C; then drains within ``settings.drain_s``."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    quiet_libraries()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    application = build(settings)
+    if settings.register_roots:
+        register_roots(application)
+    _Server(application).run()
+
+
+def register_roots(application: Application) -> None:
+    """Registers every adapter folder directly under the adapter roots, by the folder's name.
+
+    One that is refused is logged with the reason; the others go on.
+    """
+    for root in application.settings.adapter_root:
+        for folder in sorted(p for p in root.iterdir() if (p / "adapter_config.json").is_file()):
+            try:
+                application.adapters.register_folder(folder.name, str(folder), tenant=DEFAULT_TENANT)
+            except ManyhatsError as error:
+                logger.error("%s is not registered: %s", folder, error.message)
+
+
+def _compile_folder(folder: Path, *, settings: Settings, base: BaseModel) -> CompiledAdapter:
+    limits = AdapterLimits(max_rank=settings.max_rank, max_bytes=settings.max_adapter_mb << 20)
+    config = read_config_file(folder / "adapter_config.json", limits)
+    weights = read_weights(folder / "adapter_model.safetensors", limits)
+    return compile_adapter(config, weights, base.spec, limits, digest=_UNNAMED, dtype=base.dtype)
+
+
+@asynccontextmanager
+async def _lifespan(_app: FastAPI, *, engine: Engine, settings: Settings) -> AsyncIterator[None]:
+    engine.loop.start()
+    try:
+        yield
+    finally:
+        # uvicorn has waited for the responses already, within the same bound.
+        engine.loop.stop()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which announces its real address and turns away new requests while it drains."""
+
+    def __init__(self, application: Application) -> None:
+        settings = application.settings
+        super().__init__(
+            uvicorn.Config(
+                application.api, host=settings.host, port=settings.port, log_config=None,
+                access_log=False, timeout_graceful_shutdown=max(1, math.ceil(settings.drain_s)),
+                timeout_keep_alive=75,
+            )
+        )
+        self._application = application
+
+    async def startup(self, sockets: list[object] | None = None) -> None:
+        """As uvicorn's; then says where the server answers."""
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            port = self.servers[0].sockets[0].getsockname()[1]
+            announce(self._application.settings, port, self._application.engine.client, self._names())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains; a second Ctrl-C stops at once, as uvicorn's."""
+        self._application.engine.loop.close_door()
+        super().handle_exit(sig, frame)
+
+    def _names(self) -> list[str]:
+        return sorted({c.ref.name for c in self._application.adapters.list(DEFAULT_TENANT)})

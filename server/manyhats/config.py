@@ -1,0 +1,136 @@
+"""Every setting, typed and frozen. The only reader of the environment.
+
+Each field is a flag of ``manyhats serve`` (``--max-rank``) and a variable (``MANYHATS_MAX_RANK``); a flag wins.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Quantization(enum.StrEnum):
+    """How the base's linear weights are kept."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    INT8 = "int8"
+    NONE = "none"
+
+
+class Dtype(enum.StrEnum):
+    """The dtype of activations, of the KV cache and of adapters on the device."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class Device(enum.StrEnum):
+    """Where the base model lives."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Settings(BaseSettings):
+    """The server's settings; sizes say their unit in their name or description."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MANYHATS_", frozen=True, extra="forbid", validate_default=True
+    )
+
+    home: Path = Field(
+        default=Path("~/.manyhats"), description="Folder for models, adapters, the registry and built kernels."
+    )
+    model: str = Field(
+        default="default",
+        description="Base model: a local folder, a hub id, or 'default' (SmolLM2-135M-Instruct from PyPI).",
+    )
+    model_name: str | None = Field(
+        default=None, description="Id under which the base is served; default: the folder's or hub id's name."
+    )
+    revision: str | None = Field(default=None, description="Revision of a hub model.")
+    quantization: Quantization = Field(default=Quantization.NF4, description="Base weights' format.")
+    dtype: Dtype = Field(default=Dtype.BF16, description="Activations, KV cache and adapters.")
+    device: Device = Field(default=Device.AUTO, description="auto takes CUDA where it is present.")
+    kernels: str = Field(
+        default="auto", description="Kernel backend by name (auto, reference, torch, native, triton)."
+    )
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads for the engine.")
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
+    admin_api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="API keys with the admin role (comma-separated in the environment)."
+    )
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="API keys with the user role (comma-separated in the environment)."
+    )
+    adapter_root: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(), description="Folders that adapters may be registered from (':'-separated in the environment)."
+    )
+    register_roots: bool = Field(
+        default=False,
+        description="Register every adapter folder found directly under the adapter roots at start-up.",
+    )
+
+    slots: int = Field(default=32, ge=1, le=4096, description="Adapters resident on the device at once.")
+    max_rank: int = Field(default=64, ge=1, le=1024, description="Largest LoRA rank accepted.")
+    pool_rows: int | None = Field(
+        default=None, ge=1, description="Rank rows per site on the device; default max(16 * slots, max_rank)."
+    )
+    host_cache_mb: int = Field(default=1024, ge=1, description="Host tier for adapters, MiB.")
+    max_adapter_mb: int = Field(default=512, ge=1, description="Largest adapter accepted, MiB.")
+    max_adapters: int = Field(default=10_000, ge=1, description="Registered adapters.")
+
+    adapter_layers: bool = Field(
+        default=True,
+        description="Build the adapter layers; without them only the base is served (to measure what they cost).",
+    )
+    max_context: int | None = Field(default=None, ge=16, description="Context bound, tokens; default the model's.")
+    kv_cache_mb: int | None = Field(default=None, ge=1, description="KV cache, MiB; default derived from free memory.")
+    kv_cache_blocks: int | None = Field(
+        default=None, ge=1, description="KV cache, blocks; takes the place of kv_cache_mb."
+    )
+    block_size: int = Field(default=16, ge=1, le=256, description="Tokens in a KV block.")
+    prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prefixes (same adapter, same tenant).")
+    max_num_seqs: int = Field(default=64, ge=1, le=4096, description="Sequences in one step.")
+    max_step_tokens: int = Field(default=512, ge=1, description="Tokens in one step (prefill is cut into chunks).")
+    max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
+
+    max_body_kb: int = Field(default=1024, ge=1, description="JSON body bound, KiB.")
+    max_n: int = Field(default=16, ge=1, description="Bound of n.")
+    max_stops: int = Field(default=8, ge=1, description="Bound of stop strings (and of each one's length: 256).")
+    max_logprobs: int = Field(default=20, ge=0, description="Bound of logprobs / top_logprobs.")
+    default_max_tokens: int = Field(default=256, ge=1, description="max_tokens of a chat request that names none.")
+    drain_s: float = Field(default=30.0, ge=0, description="Seconds that SIGTERM waits for running requests.")
+    metrics_adapters: int = Field(
+        default=200, ge=1, description="Adapters with a label of their own in /metrics; the rest are 'other'."
+    )
+    log_level: str = Field(default="info", description="debug, info, warning, error.")
+
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @field_validator("admin_api_keys", "api_keys", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        return tuple(v for v in value.split(",") if v) if isinstance(value, str) else value
+
+    @field_validator("adapter_root", mode="before")
+    @classmethod
+    def _split_colons(cls, value: object) -> object:
+        return tuple(v for v in value.split(":") if v) if isinstance(value, str) else value
+
+    @property
+    def rows(self) -> int:
+        """Rank rows per site on the device."""
+        return self.pool_rows if self.pool_rows is not None else max(16 * self.slots, self.max_rank)

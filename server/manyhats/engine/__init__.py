@@ -1,0 +1,1 @@
+"""The engine: one step loop over a packed batch whose tokens wear different adapters."""

@@ -1,0 +1,57 @@
+"""Attention over the paged cache: one object a layer, called from the model's own attention module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from manyhats.engine.step import StepState
+from manyhats_kernels import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What one layer's attention looks like. ``sliding_window`` in tokens, None: full."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+
+class PagedAttention:
+    """Writes the step's keys and values into this layer's cache, then attends over it.
+
+    ``k_cache`` and ``v_cache`` have the backend's own layout (``Backend.kv_cache_shape``).
+    """
+
+    __slots__ = ("_backend", "_k_cache", "_state", "_v_cache")
+
+    def __init__(
+        self, backend: Backend, state: StepState, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> None:
+        self._backend = backend
+        self._state = state
+        self._k_cache = k_cache
+        self._v_cache = v_cache
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """query [1, H, T, D], key and value [1, KH, T, D] -> [1, T, H, D], in query's dtype."""
+        batch = self._state.attention
+        q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        self._backend.store_kv(k, v, self._k_cache, self._v_cache, batch)
+        out = self._backend.paged_attention(
+            q, self._k_cache, self._v_cache, batch,
+            scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
+            sliding_window=sliding_window, soft_cap=softcap,
+        )
+        return out[None]

@@ -1,0 +1,245 @@
+"""The step loop: one thread that schedules, runs and postprocesses, and the doors by which others reach it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from manyhats.engine.interface import EngineObserver, EngineStats
+from manyhats.engine.mailbox import Mailbox
+from manyhats.engine.postprocess import Postprocessor, adapter_name
+from manyhats.engine.residency import AdapterResidency
+from manyhats.engine.runner import ModelRunner
+from manyhats.errors import DrainingError, EngineFailedError, ManyhatsError, QueueFullError
+from manyhats.scheduler.scheduler import Scheduler
+from manyhats.types import GenerationRequest, OutputDelta, Schedule
+from manyhats.types import Sequence as LiveSequence
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[Sequence[OutputDelta]], None]
+
+_SNAPSHOT_INTERVAL_S = 0.1
+
+
+class EngineLoop:
+    """Owns the scheduler, the runner and everything they change; nothing else touches them.
+
+    ``start``, ``submit``, ``abort``, ``stats``, ``drain`` and ``stop`` may be called from any thread; the rest runs on
+    the step thread. ``deliver`` is called there too, once a step, with all that the step made. ``snapshot`` makes
+    the statistics from (steps, failed steps).
+    """
+
+    def __init__(
+        self, *, scheduler: Scheduler, runner: ModelRunner, postprocessor: Postprocessor,
+        residency: AdapterResidency | None, observer: EngineObserver, deliver: Deliver,
+        snapshot: Callable[[int, int], EngineStats], mailbox: Mailbox, max_queue: int, threads: int | None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._post = postprocessor
+        self._residency = residency
+        self._observer = observer
+        self._deliver = deliver
+        self._snapshot = snapshot
+        self._mailbox = mailbox
+        self._max_queue = max_queue
+        self._threads = threads
+        self._sequence_ids = 0
+        self._steps = 0
+        self._failed_steps = 0
+        self._stats = snapshot(0, 0)
+        self._stats_at = time.monotonic()
+        self._door = threading.Lock()  # guards the two below
+        self._posted = 0  # sequences submitted that the step thread has not seen yet
+        self._waiting = 0  # sequences in the scheduler's queue
+        self._draining = False
+        self._stopping = False
+        self._idle = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+
+    def start(self) -> None:
+        """Starts the step thread."""
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queues a request; its deltas come through ``deliver``.
+
+        Raises QueueFullError over ``max_queue`` waiting sequences and DrainingError once draining.
+        """
+        count = len(request.params)
+        with self._door:
+            if not self.accepting:
+                raise DrainingError("the server is shutting down and takes no new request")
+            queued = self._posted + self._waiting
+            if queued + count > self._max_queue:
+                raise QueueFullError(
+                    f"the queue holds {queued} sequences and {count} more would pass its bound of "
+                    f"{self._max_queue} (max_queue)",
+                    retry_after_s=1.0,
+                )
+            self._posted += count
+            self._idle.clear()
+            self._mailbox.post(lambda: self._add(request))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step; nothing more is delivered for it."""
+        self._mailbox.post(lambda: self._end(request_id))
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot, at most a tenth of a second old while steps run."""
+        return self._stats
+
+    @property
+    def accepting(self) -> bool:
+        """Whether ``submit`` takes requests."""
+        return self._thread.is_alive() and not self._draining
+
+    def close_door(self) -> None:
+        """Takes nothing new from now on. Waits for nothing, so that a signal handler may call it."""
+        self._draining = True
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new and waits for what is there; whether all of it ended within ``timeout_s``."""
+        self.close_door()
+        self._mailbox.post(_nothing)
+        return self._idle.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Ends the step thread; requests that are still there get a DrainingError."""
+        self.close_door()
+        self._mailbox.post(self._stop)
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._residency is not None:
+            self._residency.close()
+
+    def step(self) -> bool:
+        """Schedule, run, postprocess. False where nothing could be run until somebody posts."""
+        schedule = self._scheduler.schedule(time.monotonic())
+        self._tell(schedule)
+        if not schedule.items:
+            return False
+        self._publish(self._process(schedule))
+        return True
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.get_num_threads()  # torch sets up a thread's own count at its first use
+            torch.set_num_threads(self._threads)
+        ran = False
+        while not self._stopping:
+            if not ran:
+                self._rest()
+            for task in self._mailbox.take(wait=not ran):
+                task()
+            ran = self.step()
+        self._rest()
+
+    def _process(self, schedule: Schedule) -> Sequence[OutputDelta]:
+        started = time.monotonic()
+        self._steps += 1
+        try:
+            deltas = self._post.process(schedule, self._runner.run(schedule))
+        except Exception as error:  # noqa: BLE001 - the step's own requests fail, the loop goes on
+            self._failed_steps += 1
+            logger.exception("step %d failed", self._steps)
+            failure = EngineFailedError(f"the step that held this request failed: {error}")
+            return [
+                OutputDelta(request_id, 0, error=failure)
+                for request_id in dict.fromkeys(i.sequence.request_id for i in schedule.items)
+                if self._end(request_id)
+            ]
+        decode = sum(1 for i in schedule.items if i.count == 1)
+        self._observer.step(
+            time.monotonic() - started, schedule.num_tokens - decode, decode, len(schedule.items)
+        )
+        return deltas
+
+    def _tell(self, schedule: Schedule) -> None:
+        """Reports what the scheduler decided beside the step itself."""
+        now = time.monotonic()
+        for sequence in self._scheduler.first_admissions:
+            self._observer.queued(adapter_name(sequence), now - sequence.arrival)
+        for _ in schedule.preempted:
+            self._observer.preempted()
+        failed = [
+            OutputDelta(sequence.request_id, sequence.index, error=error)
+            for sequence, error in self._scheduler.take_failed()
+        ]
+        for delta in failed:
+            self._end(delta.request_id)
+        self._set_waiting()
+        if failed:
+            self._publish(failed)
+
+    def _add(self, request: GenerationRequest) -> None:
+        sequences = [self._sequence(request, index) for index in range(len(request.params))]
+        with self._door:
+            self._posted -= len(sequences)
+        try:
+            self._post.open(sequences)
+            self._scheduler.add_all(sequences)
+        except ManyhatsError as error:
+            self._post.close(sequences)
+            self._publish([OutputDelta(request.request_id, 0, error=error)])
+        else:
+            if request.adapter is not None and self._residency is not None:
+                self._residency.prefetch(request.adapter)
+        self._set_waiting()
+
+    def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
+        self._sequence_ids += 1
+        return LiveSequence(
+            id=self._sequence_ids, request_id=request.request_id, index=index, tenant=request.tenant,
+            params=request.params[index], adapter=request.adapter, arrival=request.arrival,
+            prompt_len=len(request.prompt_token_ids), token_ids=list(request.prompt_token_ids),
+        )
+
+    def _end(self, request_id: str) -> bool:
+        """Takes a request's sequences out, with their blocks and leases; whether there were any."""
+        ended = self._scheduler.abort(request_id)
+        self._post.close(ended)
+        return bool(ended)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        error = DrainingError("the server stopped before this request was done")
+        left = self._post.open_requests()
+        for request_id in left:
+            self._end(request_id)
+        self._publish([OutputDelta(request_id, 0, error=error) for request_id in left])
+
+    def _rest(self) -> None:
+        """Nothing can be run now: the figures are made new, and whoever drains is told if all is done."""
+        self._refresh_stats()
+        if not self._scheduler.has_work:
+            with self._door:
+                if not self._posted:
+                    self._idle.set()
+
+    def _publish(self, deltas: Sequence[OutputDelta]) -> None:
+        # Before the deltas: who has seen its request end finds it gone from the figures.
+        if (
+            any(d.finish_reason is not None or d.error is not None for d in deltas)
+            or time.monotonic() - self._stats_at > _SNAPSHOT_INTERVAL_S
+        ):
+            self._refresh_stats()
+        if deltas:
+            self._deliver(deltas)
+
+    def _refresh_stats(self) -> None:
+        self._stats = self._snapshot(self._steps, self._failed_steps)
+        self._stats_at = time.monotonic()
+
+    def _set_waiting(self) -> None:
+        with self._door:
+            self._waiting = self._scheduler.num_waiting
+
+
+def _nothing() -> None:
+    """Wakes the loop up."""

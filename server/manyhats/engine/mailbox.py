@@ -1,0 +1,34 @@
+"""How other threads reach the step thread: tasks, in order, run between two steps."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+Task = Callable[[], None]
+
+
+class Mailbox:
+    """A thread-safe queue of tasks with a wake-up."""
+
+    def __init__(self) -> None:
+        self._tasks: deque[Task] = deque()
+        self._arrived = threading.Condition()
+
+    def post(self, task: Task) -> None:
+        """Leaves a task for the step thread."""
+        with self._arrived:
+            self._tasks.append(task)
+            self._arrived.notify()
+
+    def take(self, *, wait: bool) -> list[Task]:
+        """All tasks so far; with ``wait``, blocks until there is at least one."""
+        if not wait and not self._tasks:  # the common case in a busy loop: no lock
+            return []
+        with self._arrived:
+            while wait and not self._tasks:
+                self._arrived.wait()
+            tasks = list(self._tasks)
+            self._tasks.clear()
+            return tasks

@@ -1,0 +1,1 @@
+"""The base model; transformers and bitsandbytes are imported here alone."""

@@ -1,0 +1,297 @@
+"""Brings adapters to the device beside the step loop: disk -> host tier -> rank rows.
+
+Who may sit where is decided by ``adapters.slots.SlotTable``; this file runs the loads on threads of its own and
+reports to the step thread through ``post``. ``drop`` and ``prefetch`` may be called from any thread and post
+themselves there; every other public method is called on the step thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from manyhats.adapters.host import HostCache
+from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
+from manyhats.engine.interface import EngineObserver, ResidentAdapter
+from manyhats.engine.pool import AdapterPool
+from manyhats.errors import AdapterLoadError, ManyhatsError
+from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
+from manyhats.types import AdapterRef, Digest, Sequence
+
+logger = logging.getLogger(__name__)
+
+_PENDING = Pending()
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """What is known of one adapter version that somebody asked for.
+
+    ``ranks`` is set once the adapter has been on the host; ``waiters`` are the ids of sequences that were told
+    to wait; a failure holds for those who waited when it happened. ``leases`` counts this file's own.
+    """
+
+    ref: AdapterRef
+    ranks: tuple[int, ...] | None = None
+    loading: bool = False
+    placed: bool = False
+    dropped: bool = False
+    leases: int = 0
+    waiters: set[int] = field(default_factory=set)
+    failed: dict[int, ManyhatsError] = field(default_factory=dict)
+
+
+class AdapterResidency:
+    """The scheduler's ``Residency`` over slots, host tier and device pool."""
+
+    def __init__(
+        self, slots: SlotTable, pool: AdapterPool, host: HostCache, *,
+        post: Callable[[Callable[[], None]], None], observer: EngineObserver,
+    ) -> None:
+        self._slots = slots
+        self._pool = pool
+        self._host = host
+        self._post = post
+        self._observer = observer
+        self._entries: dict[Digest, _Entry] = {}
+        # One writer to the device at a time: SitePool's masks have a single writer.
+        self._host_threads = _threads("adapter-host", 2)
+        self._device_thread = _threads("adapter-device", 1)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Starts to bring the adapter to the host tier, if it is not known yet; undoes a ``drop``. Thread-safe."""
+        self._post(lambda: self._prefetch(ref))
+
+    def prepare(self, seq: Sequence) -> Admission:
+        """Gets the sequence's adapter on its way; Ready where ``acquire`` would be too. Takes no lease."""
+        return self._ask(seq, lease=False)
+
+    def acquire(self, seq: Sequence) -> Admission:
+        """Ready with a lease, Pending while the adapter is on its way or waits for room, or Failed."""
+        return self._ask(seq, lease=True)
+
+    def release(self, seq: Sequence) -> None:
+        """Ends the sequence's lease."""
+        if seq.adapter is None:
+            return
+        digest = seq.adapter.digest
+        self._slots.release(digest)
+        entry = self._entries[digest]
+        entry.leases -= 1
+        if entry.dropped and not entry.leases:
+            entry.placed = False
+            self._forget_if_idle(digest)
+
+    def cancel(self, seq: Sequence) -> None:
+        """Forgets a sequence that waited and will not come back."""
+        if seq.adapter is None:
+            return
+        digest = seq.adapter.digest
+        self._slots.cancel_wait(seq.id)
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.waiters.discard(seq.id)
+            entry.failed.pop(seq.id, None)
+            self._forget_if_idle(digest)
+
+    def drop(self, ref: AdapterRef) -> None:
+        """Unregisters: no new lease; rows and host bytes go now, or with the last lease. Thread-safe."""
+        self._post(lambda: self._drop(ref.digest))
+
+    def residents(self) -> tuple[ResidentAdapter, ...]:
+        """Adapters on the device, ready to be worn."""
+        return tuple(
+            ResidentAdapter(self._entries[r.digest].ref, r.slot, r.leases, r.pinned)
+            for r in self._slots.residents()
+            if r.ready
+        )
+
+    def waiting_adapters(self) -> tuple[str, ...]:
+        """Names (with version) of adapters that a sequence waits for."""
+        return tuple(str(e.ref) for e in self._entries.values() if e.waiters)
+
+    @property
+    def rows_used(self) -> int:
+        """Rank rows in use at the fullest site."""
+        return max(self._slots.row_usage, default=0)
+
+    @property
+    def host(self) -> HostCache:
+        """The host tier."""
+        return self._host
+
+    def close(self) -> None:
+        """Waits for running loads and ends the threads."""
+        self._host_threads.shutdown(wait=True, cancel_futures=True)
+        self._device_thread.shutdown(wait=True, cancel_futures=True)
+
+    def _entry(self, ref: AdapterRef) -> _Entry:
+        return self._entries.setdefault(ref.digest, _Entry(ref))
+
+    def _prefetch(self, ref: AdapterRef) -> None:
+        entry = self._entry(ref)
+        if entry.dropped:
+            entry.dropped = False
+            self._slots.restore(ref.digest)
+        self._start_host_load(entry)
+
+    def _start_host_load(self, entry: _Entry) -> None:
+        if entry.ranks is None and not entry.loading:
+            entry.loading = True
+            self._host_threads.submit(self._load_host, entry.ref)
+
+    def _ask(self, seq: Sequence, *, lease: bool) -> Admission:
+        if seq.adapter is None:
+            raise ValueError("a sequence of the base needs no slot")
+        entry = self._entry(seq.adapter)
+        error = entry.failed.pop(seq.id, None)
+        if error is not None:
+            return self._fail(seq, entry, error)
+        if entry.ranks is None:
+            self._start_host_load(entry)
+            entry.waiters.add(seq.id)
+            return _PENDING
+        ask = self._slots.acquire if lease else self._slots.prepare
+        try:
+            answer = ask(entry.ref.digest, entry.ranks, seq.id)
+        except AdapterLoadError as failure:
+            return self._fail(seq, entry, failure)
+        return self._answer(seq, entry, answer)
+
+    def _answer(self, seq: Sequence, entry: _Entry, answer: Acquired | Present | StartLoad | Wait) -> Admission:
+        if isinstance(answer, Acquired | Present):
+            entry.waiters.discard(seq.id)
+            entry.leases += isinstance(answer, Acquired)
+            return Ready(answer.slot)
+        entry.waiters.add(seq.id)
+        if isinstance(answer, StartLoad):
+            for digest in answer.evicted:
+                evicted = self._entries[digest]
+                self._observer.adapter_evicted(evicted.ref.name, "device")
+                evicted.placed = False
+                self._forget_if_idle(digest)
+            entry.placed = True
+            self._device_thread.submit(self._load_device, entry.ref, answer.slot, answer.starts)
+        return _PENDING
+
+    def _fail(self, seq: Sequence, entry: _Entry, error: ManyhatsError) -> Failed:
+        entry.waiters.discard(seq.id)
+        self._slots.cancel_wait(seq.id)
+        self._forget_if_idle(entry.ref.digest)
+        return Failed(error)
+
+    def _forget_if_idle(self, digest: Digest) -> None:
+        """Drops what is known of an adapter that nobody waits for and that is not on the device."""
+        entry = self._entries.get(digest)
+        if entry is not None and not (entry.waiters or entry.loading or entry.placed):
+            del self._entries[digest]
+
+    # The two loads run on their own threads and touch nothing of the step thread's but through post().
+
+    def _load_host(self, ref: AdapterRef) -> None:
+        started = time.monotonic()
+        try:
+            with self._host.hold(ref.digest) as adapter:
+                ranks = self._pool.ranks(adapter)
+        except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
+            failure = _as_load_error(ref, error)
+            self._post(lambda: self._failed(ref, failure))
+            return
+        self._observer.adapter_loaded(ref.name, "host", time.monotonic() - started)
+        self._post(lambda: self._on_host(ref, ranks))
+
+    def _load_device(self, ref: AdapterRef, slot: int, starts: tuple[int, ...]) -> None:
+        started = time.monotonic()
+        try:
+            with self._host.hold(ref.digest) as adapter:
+                self._pool.write(slot, starts, adapter)
+        except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
+            failure = _as_load_error(ref, error)
+            self._post(lambda: self._device_failed(ref, failure))
+            return
+        self._observer.adapter_loaded(ref.name, "device", time.monotonic() - started)
+        self._post(lambda: self._on_device(ref))
+
+    # What the loads post: on the step thread again.
+
+    def _on_host(self, ref: AdapterRef, ranks: tuple[int, ...]) -> None:
+        entry = self._entry(ref)
+        entry.loading = False
+        entry.ranks = ranks
+
+    def _on_device(self, ref: AdapterRef) -> None:
+        if not self._slots.loaded(ref.digest):
+            self._entry(ref).placed = False
+            self._forget_if_idle(ref.digest)
+
+    def _device_failed(self, ref: AdapterRef, error: ManyhatsError) -> None:
+        self._slots.load_failed(ref.digest)
+        self._entry(ref).placed = False
+        self._failed(ref, error)
+
+    def _failed(self, ref: AdapterRef, error: ManyhatsError) -> None:
+        logger.error("adapter %s cannot be loaded: %s", ref, error.message)
+        self._observer.adapter_load_failed(ref.name)
+        entry = self._entry(ref)
+        entry.loading = False
+        entry.ranks = None
+        entry.failed = dict.fromkeys(entry.waiters, error)
+        self._forget_if_idle(ref.digest)
+
+    def _drop(self, digest: Digest) -> None:
+        self._host.drop(digest)
+        gone = self._slots.drop(digest)
+        entry = self._entries.get(digest)
+        if entry is not None:
+            entry.dropped = True
+            entry.placed = not gone
+            self._forget_if_idle(digest)
+
+
+def _as_load_error(ref: AdapterRef, error: Exception) -> ManyhatsError:
+    if isinstance(error, AdapterLoadError):
+        return error
+    logger.exception("loading adapter %s", ref, exc_info=error)
+    return AdapterLoadError(f"adapter {ref} cannot be loaded: {error}", param="model")
+
+
+def _threads(name: str, count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_single_threaded)
+
+
+def _single_threaded() -> None:
+    """Loads leave the cores to the step loop. The first call makes torch set up this thread's own count."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+class NoAdapters:
+    """The ``Residency`` of an engine built without adapter layers: every adapter fails."""
+
+    def prepare(self, seq: Sequence) -> Admission:
+        """Failed, always."""
+        return Failed(
+            AdapterLoadError(
+                f"adapter {seq.adapter} cannot be served: this server was started without adapter layers",
+                param="model",
+            )
+        )
+
+    acquire = prepare
+
+    def release(self, seq: Sequence) -> None:
+        """Nothing is ever leased."""
+
+    def cancel(self, seq: Sequence) -> None:
+        """Nothing ever waits."""
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Nothing is ever loaded."""
+
+    def drop(self, ref: AdapterRef) -> None:
+        """Nothing was loaded."""

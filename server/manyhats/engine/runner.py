@@ -1,0 +1,112 @@
+"""Runs one step: packs a schedule into tensors, sends it through the model, hands back the wanted logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from manyhats.engine.model.load import BaseModel
+from manyhats.engine.pool import AdapterPool
+from manyhats.engine.step import StepState, to_device
+from manyhats.types import Schedule, ScheduledSequence
+from manyhats_kernels import AdapterBatch, AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Logits of prompt positions: row i predicts token ``first + i + 1`` of the sequence. logits: [rows, V]."""
+
+    item: ScheduledSequence
+    first: int
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """``sampling``: [B, V], a row for each item of ``sampled`` in order; ``prompts`` for those who want them."""
+
+    sampled: Sequence[ScheduledSequence]
+    sampling: torch.Tensor
+    prompts: Sequence[PromptRows]
+
+
+class ModelRunner:
+    """The base model with its caches and pools, run on packed batches. Used by the step thread alone."""
+
+    def __init__(self, base: BaseModel, pool: AdapterPool | None, state: StepState, block_size: int) -> None:
+        self._module = base.module
+        self._device = base.device
+        self._pool = pool
+        self._state = state
+        self._block_size = block_size
+
+    @torch.inference_mode()
+    def run(self, schedule: Schedule) -> StepLogits:
+        """One forward pass over the schedule's tokens; logits in the model's dtype."""
+        items = schedule.items
+        counts = np.fromiter((i.count for i in items), np.int64, len(items))
+        starts = np.fromiter((i.start for i in items), np.int64, len(items))
+        ends = np.cumsum(counts)
+        ids = np.fromiter(
+            (t for i in items for t in i.sequence.token_ids[i.start : i.start + i.count]),
+            np.int64, int(ends[-1]),
+        )
+        positions = np.arange(ids.size, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
+        self._begin(items, counts, starts)
+        try:
+            wanted, prompts = _wanted_rows(items, ends - counts, ends)
+            logits = self._module(
+                input_ids=to_device(ids, self._device)[None],
+                position_ids=to_device(positions, self._device)[None],
+                use_cache=False,
+                logits_to_keep=to_device(wanted, self._device),
+            ).logits[0]
+        finally:
+            self._state.end()
+        return _split(items, logits, prompts)
+
+    def _begin(
+        self, items: Sequence[ScheduledSequence], counts: np.ndarray, starts: np.ndarray
+    ) -> None:
+        attention = AttentionBatch.build(
+            counts, starts + counts, [i.sequence.block_ids for i in items], self._block_size, self._device
+        )
+        slots = np.repeat(np.fromiter((i.sequence.slot for i in items), np.int64, len(items)), counts)
+        num_slots = self._pool.slots if self._pool is not None else 0
+        adapters = AdapterBatch.build(slots, num_slots, self._device)
+        sites_of_slot = self._pool.sites_of_slot if self._pool is not None else ()
+        self._state.begin(attention, adapters, sites_of_slot)
+
+
+def _wanted_rows(
+    items: Sequence[ScheduledSequence], begins: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """Packed rows that must meet the head: prompt rows first, then the sampling rows in order.
+
+    The second value tells, for each item with prompt rows: (index of the item, first position, row count).
+    """
+    prompts: list[tuple[int, int, int]] = []
+    rows: list[np.ndarray] = []
+    for index, item in enumerate(items):
+        if item.sequence.wants_prompt_logprobs:
+            count = min(item.count, item.sequence.prompt_len - 1 - item.start)
+            if count > 0:
+                prompts.append((index, item.start, count))
+                rows.append(np.arange(begins[index], begins[index] + count))
+    samples = np.fromiter((i.samples for i in items), np.bool_, len(items))
+    rows.append(ends[samples] - 1)
+    return np.concatenate(rows), prompts
+
+
+def _split(
+    items: Sequence[ScheduledSequence], logits: torch.Tensor, prompts: Sequence[tuple[int, int, int]]
+) -> StepLogits:
+    offset = 0
+    pieces: list[PromptRows] = []
+    for index, first, count in prompts:
+        pieces.append(PromptRows(items[index], first, logits[offset : offset + count]))
+        offset += count
+    return StepLogits([i for i in items if i.samples], logits[offset:], pieces)

@@ -1,0 +1,1 @@
+"""Names of adapters, their versions, and what a request is resolved to."""

@@ -1,0 +1,250 @@
+"""Registering, listing and deleting adapters: store, registry and residency as one.
+
+A registration is staged, copied, compiled (which is the validation), committed to the store, and
+entered in the registry last: until then nothing of it can be seen, and a failure leaves nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Protocol
+
+from manyhats.adapters.files import locate
+from manyhats.adapters.parts import CompiledAdapter
+from manyhats.adapters.store import AdapterStore, Staging
+from manyhats.errors import (
+    AdapterLoadError,
+    AdapterRejectedError,
+    ConflictError,
+    ModelNotFoundError,
+    RequestError,
+)
+from manyhats.lifecycle.directory import AdapterCard
+from manyhats.lifecycle.names import NearNames
+from manyhats.lifecycle.registry import AdapterRecord, Registry, check_name
+from manyhats.types import AdapterRef, Digest, TenantId
+
+logger = logging.getLogger(__name__)
+
+_DROPPED_REMEMBERED: Final = 1024
+
+Compile = Callable[[Path], CompiledAdapter]
+"""Reads and checks a version's folder. Raises AdapterRejectedError. The digest is put in later."""
+
+
+class Residency(Protocol):
+    """The tiers above the disk, as registration sees them. Thread-safe; returns at once."""
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Start to bring the version to the host tier; undoes a ``drop`` of the same content."""
+
+    def drop(self, ref: AdapterRef) -> None:
+        """No new lease on the version; its memory goes now, or with the last lease."""
+
+
+def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:
+    """A version out of the store, lengths checked, in canonical form: what fills the host tier.
+
+    Raises AdapterLoadError, also for what was accepted once and is no longer (damaged bytes, a
+    lower ``max_rank``).
+    """
+    try:
+        return replace(compile_folder(store.path(digest)), digest=digest)
+    except AdapterRejectedError as exc:
+        raise AdapterLoadError(f"adapter {digest} can no longer be served: {exc.message}") from exc
+
+
+class AdapterService:
+    """The adapters of one server; implements ``AdapterDirectory``. Thread-safe.
+
+    ``roots`` are the folders that may be registered from, ``max_bytes`` bounds an adapter's
+    weights, ``base_id`` is the base's own name. ``resolve``, ``list``, ``get`` and ``versions``
+    answer from memory; the others block on the disk and belong on a worker thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: AdapterStore,
+        registry: Registry,
+        compile_folder: Compile,
+        residency: Residency,
+        base_id: str,
+        roots: Sequence[Path],
+        max_bytes: int,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._compile = compile_folder
+        self._residency = residency
+        self._base_id = base_id
+        self._roots = tuple(roots)
+        self._max_bytes = max_bytes
+        self._compiling = threading.Lock()  # the memory of one adapter at a time
+        self._changing = threading.Lock()  # store and registry change together
+        # Running requests may still hold these on the device: it must be told if they come back.
+        self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
+        self._near: tuple[int, TenantId, NearNames] | None = None
+        self._reconcile()
+
+    def resolve(self, model: str, tenant: TenantId) -> AdapterRef | None:
+        """The version that ``model`` means now; None for the base. Raises ModelNotFoundError."""
+        if model == self._base_id:
+            return None
+        record = self._registry.resolve(model, tenant)
+        if record is None:
+            raise self._not_found(model, tenant)
+        return record.ref
+
+    def list(self, tenant: TenantId) -> list[AdapterCard]:
+        """Every version that the tenant may ask for, by name, oldest first."""
+        return [_card(record) for record in self._registry.list(tenant)]
+
+    def get(self, model: str, tenant: TenantId) -> AdapterCard:
+        """What ``name`` or ``name@version`` means now. Raises ModelNotFoundError."""
+        record = self._registry.resolve(model, tenant)
+        if record is None:
+            raise self._not_found(model, tenant)
+        return _card(record)
+
+    def versions(self, name: str, tenant: TenantId) -> tuple[AdapterRecord, ...]:
+        """Every version of ``name``, oldest first. Raises ModelNotFoundError."""
+        records = self._registry.versions(name)
+        if not records or records[-1].tenant != tenant:
+            raise self._not_found(name, tenant)
+        return records
+
+    def register_folder(
+        self, name: str, folder: str, *, tenant: TenantId, source: str | None = None
+    ) -> AdapterCard:
+        """Register the adapter in ``folder``, which must lie in an allowed root.
+
+        The same content under the same name again is the version that is there already. ``source``
+        (default: the folder) is kept with the version. Raises RequestError (the name),
+        AdapterRejectedError, ConflictError, ServiceError.
+        """
+        self.check(name)
+        if not self._roots:
+            raise AdapterRejectedError(
+                "path_not_allowed",
+                "no folder may be registered from; start the server with --adapter-root",
+                param="path",
+            )
+        files = locate(Path(folder), self._roots)
+        with self.stage() as staging:
+            staging.copy(files.config_path, files.weights_path)
+            return self.register_staged(name, staging, tenant=tenant, source=source or folder)
+
+    def stage(self) -> AbstractContextManager[Staging]:
+        """Room for an upload; gone at the block's end. Raises ServiceError (the disk)."""
+        return self._store.stage(self._max_bytes)
+
+    def register_staged(
+        self, name: str, staging: Staging, *, tenant: TenantId, source: str
+    ) -> AdapterCard:
+        """Register what was written to ``staging``; else as ``register_folder``."""
+        self.check(name)
+        staging.check_complete()
+        with self._compiling:
+            compiled = self._compile(staging.path)
+            family, max_rank, nbytes = compiled.family, compiled.max_rank, compiled.nbytes
+            del compiled
+        with self._changing:
+            digest = self._store.commit(staging)
+            try:
+                ref = self._registry.add(
+                    name,
+                    digest,
+                    tenant=tenant,
+                    family=family,
+                    max_rank=max_rank,
+                    nbytes=nbytes,
+                    source=source,
+                )
+            except BaseException:
+                if not self._registry.uses(digest):
+                    self._store.delete(digest)
+                raise
+            if digest in self._dropped:
+                self._dropped.remove(digest)
+                self._residency.prefetch(ref)
+            card = self.get(str(ref), tenant)
+        logger.info("adapter %s is registered: digest %s, from %s", ref, digest, source)
+        return card
+
+    def check(self, name: str) -> None:
+        """What can be said before a byte is read. Raises RequestError or ConflictError."""
+        check_name(name)
+        if name == self._base_id:
+            raise ConflictError(f"name {name!r} is the base model's id", param="name")
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Start to bring a version to the host tier."""
+        self._residency.prefetch(ref)
+
+    def delete(self, name: str, tenant: TenantId) -> tuple[AdapterRef, ...]:
+        """Remove every version of ``name`` and return them.
+
+        New requests are refused from now on; those that hold a lease keep the copy on the device
+        until they end. Bytes that another name refers to stay. Raises ModelNotFoundError,
+        RequestError (``name@version``), ServiceError.
+        """
+        if "@" in name:
+            raise RequestError(
+                f"name {name[:140]!r}: a whole name is deleted, not one version", param="name"
+            )
+        with self._changing:
+            self.versions(name, tenant)
+            refs = tuple(record.ref for record in self._registry.delete(name))
+            unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
+            for digest, ref in unused.items():
+                try:
+                    self._store.delete(digest)  # first, so that nothing can be loaded again
+                finally:
+                    self._dropped.append(digest)
+                    self._residency.drop(ref)
+        logger.info("deleted adapter %s (%d versions)", name, len(refs))
+        return refs
+
+    def _reconcile(self) -> None:
+        """Bring the store in line with the registry after a death between the two."""
+        kept, known = set(self._store.list()), self._registry.digests()
+        for digest in kept - known:
+            self._store.delete(digest)
+            logger.info("removed %s from the store: no version refers to it", digest)
+        for digest in known - kept:
+            logger.error("adapter version %s is registered, its bytes are missing", digest)
+
+    def _not_found(self, model: str, tenant: TenantId) -> ModelNotFoundError:
+        message = f"no model or adapter {model[:140]!r}"
+        name, at, _ = model.partition("@")
+        known = [r for r in self._registry.versions(name) if r.tenant == tenant] if at else []
+        if known:
+            newest = ", ".join(str(r.ref) for r in reversed(known[-5:]))
+            return ModelNotFoundError(f"{message}; the newest of it: {newest}", param="model")
+        near = self._near_names(tenant).near(model)
+        hint = f"; near names: {', '.join(near)}" if near else f"; the base is {self._base_id}"
+        return ModelNotFoundError(message + hint, param="model")
+
+    def _near_names(self, tenant: TenantId) -> NearNames:
+        generation, near = self._registry.generation, self._near
+        if near is None or near[:2] != (generation, tenant):
+            names = {record.ref.name for record in self._registry.list(tenant)}
+            near = self._near = (generation, tenant, NearNames({*names, self._base_id}))
+        return near[2]
+
+
+def _card(record: AdapterRecord) -> AdapterCard:
+    return AdapterCard(
+        ref=record.ref,
+        family=record.family,
+        max_rank=record.max_rank,
+        nbytes=record.nbytes,
+        created=record.created,
+    )

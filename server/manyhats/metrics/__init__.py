@@ -1,0 +1,246 @@
+"""Every Prometheus series, its labels and why they are bounded.
+
+``adapter`` is an adapter's name, ``base`` for the bare base, or ``other``: the first N names to
+arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
+N + 2 values. ``outcome`` is one of four finish reasons; ``tier`` is ``host`` or ``device``;
+``route`` is a template of the application's own routes or ``unmatched``, never a path; ``method``
+is one of seven or ``other``; ``status`` is an HTTP status.
+
+====================================  =========  =====================  =========================
+series                                type       labels                 meaning
+====================================  =========  =====================  =========================
+manyhats_requests_total               counter    adapter, outcome       choices ended
+manyhats_prompt_tokens_total          counter    adapter                prompt tokens of them
+manyhats_generation_tokens_total      counter    adapter                tokens generated
+manyhats_cached_prompt_tokens_total   counter    adapter                prompt tokens not computed
+manyhats_time_to_first_token_seconds  histogram  adapter                arrival to first token
+manyhats_inter_token_seconds          histogram  adapter                between two tokens
+manyhats_queue_seconds                histogram  adapter                arrival to admission
+manyhats_request_seconds              histogram  adapter                arrival to end
+manyhats_step_seconds                 histogram                         one step of the engine
+manyhats_step_tokens_total            counter    kind                   ``prefill``, ``decode``
+manyhats_step_batch_tokens            histogram                         tokens in one step
+manyhats_step_batch_sequences         histogram                         sequences in one step
+manyhats_preemptions_total            counter                           sequences recomputed
+manyhats_adapter_loads_total          counter    adapter, tier          brought to a tier
+manyhats_adapter_load_seconds         histogram  tier                   time that took
+manyhats_adapter_evictions_total      counter    adapter, tier          left a tier
+manyhats_adapter_load_failures_total  counter    adapter                could not be loaded
+manyhats_http_requests_total          counter    route, method, status  499: the client went away
+manyhats_steps_total                  counter                           steps run
+manyhats_failed_steps_total           counter                           steps failed
+manyhats_running, _waiting            gauge                             sequences: batch, queue
+manyhats_kv_blocks, _kv_blocks_used   gauge                             KV cache blocks
+manyhats_slots, _slots_used           gauge                             adapter slots
+manyhats_rows, _rows_used             gauge                             rank rows of the device
+manyhats_host_bytes                   gauge                             bound of the host tier
+manyhats_host_bytes_used              gauge                             bytes in it
+manyhats_leases                       gauge                             sequences holding a slot
+manyhats_adapter_leases               gauge      adapter                ... of each resident one
+vllm:lora_requests_info               gauge      see below              Unix time of the scrape
+vllm:num_requests_running, _waiting   gauge                             as manyhats_running ...
+vllm:kv_cache_usage_perc              gauge                             used blocks, 0 to 1
+vllm:cache_config_info                gauge      see below              1
+====================================  =========  =====================  =========================
+
+The ``vllm:`` series are those of the Kubernetes Gateway API Inference Extension's model server
+protocol. ``lora_requests_info`` has the labels ``max_lora`` (slots), ``running_lora_adapters``
+(names resident on the device) and ``waiting_lora_adapters`` (names on their way), comma-separated;
+only the current label set is exposed, so it is one series, of at most ``slots`` names.
+``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.snapshot import SnapshotCollector, StatsView
+from manyhats.types import FinishReason
+
+__all__ = ["BASE_LABEL", "CONTENT_TYPE", "OTHER_LABEL", "LabelCap", "Metrics", "StatsView"]
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+"""Content type of ``Metrics.render``."""
+
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+# no creation time beside every counter and histogram: nothing here reads it
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class _AdapterSeries:
+    """One label's children, looked up once: the observer is called for every token."""
+
+    ended: dict[FinishReason, Counter]
+    prompt_tokens: Counter
+    generation_tokens: Counter
+    cached_tokens: Counter
+    first_token: Histogram
+    inter_token: Histogram
+    queue: Histogram
+    total: Histogram
+
+
+class Metrics:
+    """All series, in a registry of their own. Implements ``engine.interface.EngineObserver``.
+
+    The observer's methods are called on the engine's threads, ``http`` on the event loop's,
+    ``render`` on any.
+    """
+
+    def __init__(self, max_adapter_labels: int, *, clock: Callable[[], float] = time.time) -> None:
+        """``clock`` gives Unix seconds for ``vllm:lora_requests_info``."""
+        self.registry = CollectorRegistry()
+        self._cap = LabelCap(max_adapter_labels)
+        self._series: dict[str, _AdapterSeries] = {}
+        self._snapshot = SnapshotCollector(self._cap, clock)
+        self._declare_requests()
+        self._declare_engine()
+        self.registry.register(self._snapshot)
+
+    def watch(self, stats: Callable[[], StatsView]) -> None:
+        """From now on every scrape reads the engine's snapshot from ``stats``."""
+        self._snapshot.source = stats
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus' text format (CONTENT_TYPE)."""
+        return generate_latest(self.registry)
+
+    def http(self, route: str, method: str, status: int) -> None:
+        """An HTTP request was answered; ``route`` is the route's template or ``unmatched``."""
+        self._http.labels(route, method, str(status)).inc()
+
+    def step(self, seconds: float, prefill_tokens: int, decode_tokens: int, sequences: int) -> None:
+        """See EngineObserver."""
+        self._step_seconds.observe(seconds)
+        self._prefill_tokens.inc(prefill_tokens)
+        self._decode_tokens.inc(decode_tokens)
+        self._batch_tokens.observe(prefill_tokens + decode_tokens)
+        self._batch_sequences.observe(sequences)
+
+    def queued(self, adapter: str | None, seconds: float) -> None:
+        """See EngineObserver."""
+        self._of(adapter).queue.observe(seconds)
+
+    def first_token(self, adapter: str | None, seconds: float) -> None:
+        """See EngineObserver."""
+        self._of(adapter).first_token.observe(seconds)
+
+    def inter_token(self, adapter: str | None, seconds: float) -> None:
+        """See EngineObserver."""
+        self._of(adapter).inter_token.observe(seconds)
+
+    def finished(
+        self,
+        adapter: str | None,
+        reason: FinishReason,
+        prompt_tokens: int,
+        cached_tokens: int,
+        output_tokens: int,
+        seconds: float,
+    ) -> None:
+        """See EngineObserver."""
+        series = self._of(adapter)
+        series.ended[reason].inc()
+        series.prompt_tokens.inc(prompt_tokens)
+        series.cached_tokens.inc(cached_tokens)
+        series.generation_tokens.inc(output_tokens)
+        series.total.observe(seconds)
+
+    def preempted(self) -> None:
+        """See EngineObserver."""
+        self._preemptions.inc()
+
+    def adapter_loaded(self, adapter: str, tier: str, seconds: float) -> None:
+        """See EngineObserver."""
+        self._loads.labels(self._cap.label(adapter), tier).inc()
+        self._load_seconds.labels(tier).observe(seconds)
+
+    def adapter_load_failed(self, adapter: str) -> None:
+        """See EngineObserver."""
+        self._load_failures.labels(self._cap.label(adapter)).inc()
+
+    def adapter_evicted(self, adapter: str, tier: str) -> None:
+        """See EngineObserver."""
+        self._evictions.labels(self._cap.label(adapter), tier).inc()
+
+    def _of(self, adapter: str | None) -> _AdapterSeries:
+        label = self._cap.label(adapter)
+        series = self._series.get(label)
+        if series is None:  # two threads may both make it: the children are the same ones
+            series = self._series[label] = _AdapterSeries(
+                ended={reason: self._ended.labels(label, reason.value) for reason in FinishReason},
+                prompt_tokens=self._prompt_tokens.labels(label),
+                generation_tokens=self._generation_tokens.labels(label),
+                cached_tokens=self._cached_tokens.labels(label),
+                first_token=self._first_token.labels(label),
+                inter_token=self._inter_token.labels(label),
+                queue=self._queue.labels(label),
+                total=self._total.labels(label),
+            )
+        return series
+
+    def _declare_requests(self) -> None:
+        adapter = ("adapter",)
+        self._ended = self._counter("requests", "Choices ended.", ("adapter", "outcome"))
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", adapter)
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.", adapter)
+        self._cached_tokens = self._counter(
+            "cached_prompt_tokens", "Prompt tokens served by the prefix cache.", adapter
+        )
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", adapter, _LONG
+        )
+        self._inter_token = self._histogram(
+            "inter_token_seconds", "Between two tokens of a choice.", adapter, _SHORT
+        )
+        self._queue = self._histogram(
+            "queue_seconds", "Arrival to first admission.", adapter, _LONG
+        )
+        self._total = self._histogram("request_seconds", "Arrival to end.", adapter, _LONG)
+        self._http = self._counter("http_requests", "HTTP answers.", ("route", "method", "status"))
+
+    def _declare_engine(self) -> None:
+        self._step_seconds = self._histogram("step_seconds", "One step.", (), _SHORT)
+        tokens = self._counter("step_tokens", "Tokens run.", ("kind",))
+        self._prefill_tokens = tokens.labels("prefill")
+        self._decode_tokens = tokens.labels("decode")
+        self._batch_tokens = self._histogram(
+            "step_batch_tokens", "Tokens in one step.", (), _COUNTS
+        )
+        self._batch_sequences = self._histogram(
+            "step_batch_sequences", "Sequences in one step.", (), _COUNTS
+        )
+        self._preemptions = self._counter("preemptions", "Sequences that lost their blocks.", ())
+        placed = ("adapter", "tier")
+        self._loads = self._counter("adapter_loads", "Adapters brought to a tier.", placed)
+        self._load_seconds = self._histogram(
+            "adapter_load_seconds", "Time to bring an adapter to a tier.", ("tier",), _SHORT
+        )
+        self._evictions = self._counter("adapter_evictions", "Adapters that left a tier.", placed)
+        self._load_failures = self._counter(
+            "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
+        )
+
+    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        return Counter(f"manyhats_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> Histogram:
+        return Histogram(f"manyhats_{name}", text, labels, buckets=buckets, registry=self.registry)

@@ -1,0 +1,1 @@
+"""Who runs in the next step: pure policy, with no tensor and no clock of its own."""

@@ -1,0 +1,185 @@
+"""The paged KV cache as bookkeeping: block ids, reference counts, and reuse of equal prefixes.
+
+A block holds the keys and values of ``block_size`` consecutive tokens. A full block whose tokens
+are all computed is known by a key::
+
+    SHA-256(parent key | base digest | adapter digest or "" | tenant | the block's token ids)
+
+so equal keys mean equal whole prefixes under the same base, adapter and tenant; no other block is
+ever shared. Texts are length-prefixed, token ids are eight bytes each, and the first block's parent
+is 32 zero bytes. Blocks that nobody holds keep their content until they are needed, least recently
+freed first.
+"""
+
+from __future__ import annotations
+
+import struct
+from hashlib import sha256
+
+from manyhats.types import Sequence
+
+_NO_PARENT = bytes(32)
+
+
+class SchedulerStateError(RuntimeError):
+    """A call that the scheduler's state does not allow: a mistake of the calling code."""
+
+
+class BlockManager:
+    """``num_blocks`` blocks of ``block_size`` tokens. Confined to the step loop's thread.
+
+    Every operation costs constant Python a block that it adds or frees; nothing is hashed twice
+    for one sequence. ``hit_tokens`` of ``query_tokens`` prompt tokens were found by ``match``.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_cache: bool, base_digest: str
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"need at least one block of one token: {num_blocks} x {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_cache = prefix_cache
+        self.hit_tokens = 0
+        self.query_tokens = 0
+        self._base = _field(base_digest)
+        self._refs = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._by_key: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing worth keeping
+        self._cached: dict[int, None] = {}  # free, content reusable, least recently freed first
+        self._committed: dict[int, int] = {}  # sequence id -> its blocks that are known by key
+        self._tokens = struct.Struct(f"<{block_size}q")
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, with or without reusable content."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that some sequence holds."""
+        return self.num_blocks - self.num_free
+
+    def needed(self, tokens: int) -> int:
+        """Blocks for that many tokens."""
+        return -(-tokens // self.block_size)
+
+    def match(self, seq: Sequence) -> int:
+        """Give the sequence, which holds no block, the longest cached prefix; return its tokens.
+
+        Whole blocks only, and never the last token, so that there is something to compute. Nothing
+        for a sequence that wants prompt log-probabilities: it must compute every position.
+        """
+        if seq.block_ids:
+            raise SchedulerStateError(f"sequence {seq.id} holds blocks already")
+        self.query_tokens += len(seq.token_ids)
+        if not self.prefix_cache or seq.wants_prompt_logprobs:
+            return 0
+        for index in range((len(seq.token_ids) - 1) // self.block_size):
+            self._hash_until(seq, index + 1)
+            block = self._by_key.get(seq.block_hashes[index])
+            if block is None:
+                break
+            if self._refs[block] == 0:
+                del self._cached[block]
+            self._refs[block] += 1
+            seq.block_ids.append(block)
+        self._committed[seq.id] = len(seq.block_ids)
+        tokens = len(seq.block_ids) * self.block_size
+        self.hit_tokens += tokens
+        return tokens
+
+    def cancel_match(self, seq: Sequence) -> None:
+        """Undo the ``match`` of a sequence that cannot run yet, in the counters too."""
+        self.hit_tokens -= self._committed.get(seq.id, 0) * self.block_size
+        self.query_tokens -= len(seq.token_ids)
+        self.free(seq)
+
+    def can_allocate(self, seq: Sequence, upto: int) -> bool:
+        """Whether ``allocate`` would succeed."""
+        return self.needed(upto) - len(seq.block_ids) <= self.num_free
+
+    def allocate(self, seq: Sequence, upto: int) -> bool:
+        """Give the sequence blocks for the positions below ``upto``: all, or none (False)."""
+        missing = self.needed(upto) - len(seq.block_ids)
+        if missing <= 0:
+            return True
+        if missing > self.num_free:
+            return False
+        for _ in range(missing):
+            block = self._blank.pop() if self._blank else self._evict()
+            self._refs[block] = 1
+            seq.block_ids.append(block)
+        return True
+
+    def commit(self, seq: Sequence, computed: int) -> None:
+        """Tell that the first ``computed`` tokens are in the cache: full blocks may be reused.
+
+        A block whose content another block holds already stays private.
+        """
+        full = computed // self.block_size
+        if full > len(seq.block_ids) or computed > len(seq.token_ids):
+            raise SchedulerStateError(f"sequence {seq.id} has no {computed} tokens in the cache")
+        if not self.prefix_cache:
+            return
+        done = self._committed.get(seq.id, 0)
+        if full <= done:
+            return
+        self._hash_until(seq, full)
+        for index in range(done, full):
+            key, block = seq.block_hashes[index], seq.block_ids[index]
+            if key not in self._by_key:
+                self._by_key[key] = block
+                self._keys[block] = key
+        self._committed[seq.id] = full
+
+    def free(self, seq: Sequence) -> None:
+        """Let go of the sequence's blocks, the last first: a prefix is worth more than its tail."""
+        for block in reversed(seq.block_ids):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if self._keys[block] is None:
+                    self._blank.append(block)
+                else:
+                    self._cached[block] = None
+        seq.block_ids = []
+        self._committed.pop(seq.id, None)
+
+    def check_invariants(self) -> None:
+        """Raise RuntimeError if the bookkeeping contradicts itself. Slow: for tests."""
+        free = [*self._blank, *self._cached]
+        if sorted(free) != [b for b in range(self.num_blocks) if self._refs[b] == 0]:
+            raise RuntimeError(f"free blocks {sorted(free)} against references {self._refs}")
+        known = {key: block for block, key in enumerate(self._keys) if key is not None}
+        if known != self._by_key or any(self._keys[b] is not None for b in self._blank):
+            raise RuntimeError("keys and blocks do not belong together")
+
+    def _evict(self) -> int:
+        block = next(iter(self._cached))
+        del self._cached[block]
+        key = self._keys[block]
+        if key is None:
+            raise SchedulerStateError(f"block {block} is kept without content")
+        del self._by_key[key]
+        self._keys[block] = None
+        return block
+
+    def _hash_until(self, seq: Sequence, full: int) -> None:
+        """Extend ``seq.block_hashes`` to that many blocks; tokens are only ever appended."""
+        hashes = seq.block_hashes
+        if len(hashes) >= full:
+            return
+        adapter = seq.adapter.digest if seq.adapter is not None else ""
+        scope = self._base + _field(adapter) + _field(seq.tenant)
+        for index in range(len(hashes), full):
+            parent = hashes[-1] if hashes else _NO_PARENT
+            first = index * self.block_size
+            tokens = self._tokens.pack(*seq.token_ids[first : first + self.block_size])
+            hashes.append(sha256(parent + scope + tokens).digest())
+
+
+def _field(text: str) -> bytes:
+    """The text with its length before it, so that no two lists of fields read alike."""
+    data = text.encode()
+    return struct.pack("<I", len(data)) + data

@@ -1,0 +1,49 @@
+"""The bounds that every step and every sequence keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manyhats.errors import ConfigError, ContextLengthError, RequestError
+from manyhats.scheduler.blocks import BlockManager
+from manyhats.types import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """``max_num_seqs`` sequences run at once, ``max_step_tokens`` tokens are computed in a step,
+    ``max_queue`` sequences wait, ``max_context`` tokens are a sequence's prompt and output at most.
+
+    Raises ConfigError where a running sequence could be left without its token in a step.
+    """
+
+    max_num_seqs: int
+    max_step_tokens: int
+    max_queue: int
+    max_context: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_num_seqs <= self.max_step_tokens:
+            raise ConfigError(
+                f"max_num_seqs ({self.max_num_seqs}) must be at least 1 and at most "
+                f"max_step_tokens ({self.max_step_tokens}): each running sequence computes a token "
+                "in each step.",
+                param="max_num_seqs",
+            )
+
+    def check(self, seq: Sequence, blocks: BlockManager) -> None:
+        """Raise ContextLengthError or RequestError for a sequence that could never be finished."""
+        prompt, output = seq.prompt_len, seq.params.max_tokens
+        if prompt < 1:
+            raise RequestError("The prompt has no token.", param="prompt")
+        asked = f"The prompt has {prompt} tokens and max_tokens is {output}: {prompt + output}"
+        if prompt + output > self.max_context:
+            raise ContextLengthError(
+                f"{asked} is over the context of {self.max_context} tokens.", param="max_tokens"
+            )
+        # The last token drawn is never computed.
+        if blocks.needed(prompt + max(output, 1) - 1) > blocks.num_blocks:
+            capacity = blocks.num_blocks * blocks.block_size
+            raise ContextLengthError(
+                f"{asked} is over the cache's {capacity} tokens.", param="max_tokens"
+            )

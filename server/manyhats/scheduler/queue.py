@@ -1,0 +1,151 @@
+"""The sequences that wait to be admitted, and the order in which they are served.
+
+Tenants take turns, one sequence each. Within a tenant, preempted sequences come first (their
+readers wait in mid-sentence), then the oldest. How tenants share is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+
+from manyhats.types import AdapterRef, Digest, Sequence, TenantId
+
+_Key = tuple[bool, int]
+_Group = deque[Sequence]
+
+
+def adapter_digest(seq: Sequence) -> Digest | None:
+    """The adapter that the sequence wears, None for the base."""
+    return seq.adapter.digest if seq.adapter is not None else None
+
+
+def _key(seq: Sequence) -> _Key:
+    return (seq.preemptions == 0, seq.id)
+
+
+class WaitingQueue:
+    """Grouped by tenant, then by adapter, so that a scan passes over a whole group at once."""
+
+    def __init__(self) -> None:
+        self._tenants: OrderedDict[TenantId, dict[Digest | None, _Group]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """Every waiting sequence, in no promised order."""
+        for groups in self._tenants.values():
+            for group in groups.values():
+                yield from group
+
+    def push(self, seq: Sequence) -> None:
+        """Queue a new sequence behind its tenant's."""
+        self._group(seq).append(seq)
+        self._length += 1
+
+    def push_front(self, seq: Sequence) -> None:
+        """Queue a preempted sequence before its tenant's."""
+        self._group(seq).appendleft(seq)
+        self._length += 1
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a waiting sequence out. Raises ValueError if it does not wait."""
+        group = self._tenants.get(seq.tenant, {}).get(adapter_digest(seq), _Group())
+        group.remove(seq)
+        self._left(seq)
+
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        """The adapters that waiting sequences wear, each once."""
+        found = {
+            digest: group[0].adapter
+            for groups in self._tenants.values()
+            for digest, group in groups.items()
+        }
+        return tuple(ref for ref in found.values() if ref is not None)
+
+    def scan(self) -> Scan:
+        """Start a pass over the queue."""
+        return Scan(self)
+
+    def _group(self, seq: Sequence) -> _Group:
+        groups = self._tenants.setdefault(seq.tenant, {})
+        return groups.setdefault(adapter_digest(seq), _Group())
+
+    def _left(self, seq: Sequence) -> None:
+        """The sequence was taken out of its group: keep no empty group and no empty tenant."""
+        self._length -= 1
+        groups = self._tenants[seq.tenant]
+        if not groups[adapter_digest(seq)]:
+            del groups[adapter_digest(seq)]
+        if not groups:
+            del self._tenants[seq.tenant]
+
+
+class Scan:
+    """One pass over the queue in the order of service, seeing each sequence at most once.
+
+    The caller does one of three things with each ``head``: ``take``, ``drop`` or ``pass_over``.
+    It costs one heap operation a sequence taken and one a group passed over, however long the
+    groups are. The queue changes only through the scan while it lasts.
+    """
+
+    def __init__(self, queue: WaitingQueue) -> None:
+        self._queue = queue
+        self._ring = deque(queue._tenants)
+        self._heaps: dict[TenantId, list[tuple[_Key, Digest | None]]] = {}
+        self._passed: set[Digest | None] = set()
+
+    def head(self) -> Sequence | None:
+        """The sequence that is to be served next, None when nothing is left to look at."""
+        while self._ring:
+            heap = self._heap(self._ring[0])
+            while heap and heap[0][1] in self._passed:
+                heappop(heap)
+            if heap:
+                return self._queue._tenants[self._ring[0]][heap[0][1]][0]
+            self._ring.popleft()
+        return None
+
+    def take(self) -> None:
+        """The head is served: it leaves the queue, and its tenant's turn is over."""
+        tenant = self._ring[0]
+        self.drop()
+        self._ring.rotate(-1)
+        if tenant in self._queue._tenants:
+            self._queue._tenants.move_to_end(tenant)
+
+    def drop(self) -> None:
+        """The head leaves the queue unserved; its tenant keeps its turn."""
+        tenant = self._ring[0]
+        heap = self._heaps[tenant]
+        _, digest = heappop(heap)
+        group = self._queue._tenants[tenant][digest]
+        seq = group.popleft()
+        if group:
+            heappush(heap, (_key(group[0]), digest))
+        self._queue._left(seq)
+
+    def pass_over(self) -> None:
+        """Look at no further sequence with the head's adapter in this pass."""
+        self._passed.add(self._heaps[self._ring[0]][0][1])
+
+    def ahead(self, limit: int) -> list[Sequence]:
+        """The next sequences of up to ``limit`` adapters not looked at yet; this ends the pass."""
+        found: list[Sequence] = []
+        while len(found) < limit and (seq := self.head()) is not None:
+            if seq.adapter is not None:
+                found.append(seq)
+            self.pass_over()
+            self._ring.rotate(-1)
+        return found
+
+    def _heap(self, tenant: TenantId) -> list[tuple[_Key, Digest | None]]:
+        heap = self._heaps.get(tenant)
+        if heap is None:
+            groups = self._queue._tenants[tenant]
+            heap = self._heaps[tenant] = [(_key(g[0]), digest) for digest, g in groups.items()]
+            heapify(heap)
+        return heap

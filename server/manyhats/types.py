@@ -1,0 +1,208 @@
+"""The core types: one page of them, each field with who sets it. No tensor lives here."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from typing import Final, NewType
+
+from manyhats.errors import ManyhatsError
+
+TenantId = NewType("TenantId", str)
+"""Who pays and who may see. ``default`` where no tenant is configured."""
+
+Digest = NewType("Digest", str)
+"""Lower-case hex SHA-256 of an adapter version's content (configuration and weights)."""
+
+DEFAULT_TENANT: Final = TenantId("default")
+BASE_SLOT: Final = -1
+"""The slot of a token that wears no adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An immutable adapter version, as a request is resolved to it."""
+
+    name: str
+    version: int
+    digest: Digest
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class GrammarKind(enum.Enum):
+    """What constrains the output."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """A validated output constraint. ``schema`` is the JSON text of the schema (JSON_SCHEMA only)."""
+
+    kind: GrammarKind
+    schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is sampled. Set by the API after validation; never changed.
+
+    ``seed`` is always set (the API draws one where the caller gave none). ``logprobs`` is the number of
+    alternatives wanted beside the chosen token (0: the chosen one's alone), None: none at all;
+    ``prompt_logprobs`` likewise for the prompt's tokens. Log-probabilities are of the model's own
+    distribution, before temperature, penalties, bias and filters.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
+
+    ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare base.
+    ``arrival`` is in seconds of the monotonic clock.
+    """
+
+    request_id: str
+    tenant: TenantId
+    prompt_token_ids: tuple[int, ...]
+    params: tuple[SamplingParams, ...]
+    adapter: AdapterRef | None
+    arrival: float
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended. ``value`` is what the API shows (ERROR and ABORT never reach a success)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its log-probability, and the most likely alternatives (best first)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """What one step added to one choice of a request. Sent by the engine, consumed by the API.
+
+    ``text`` holds only what can no longer change (a possible start of a stop string or of a UTF-8 sequence
+    is held back), so ``token_ids`` and ``text`` of a single delta need not correspond; their sums do.
+    ``prompt_logprobs`` comes once, with the first delta of a choice that asked for it; its first entry is None.
+    ``cached_tokens`` is how many prompt tokens the prefix cache served.
+    """
+
+    request_id: str
+    index: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: ManyhatsError | None = None
+    cached_tokens: int = 0
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request while the engine works on it. Confined to the step loop's thread.
+
+    Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``, ``params``,
+    ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a copy of the prompt; the loop appends outputs).
+    Set by the scheduler: ``status``, ``slot`` (the adapter's slot while admitted, BASE_SLOT for the base),
+    ``num_computed`` (tokens whose keys and values are in the cache once the scheduled step has run),
+    ``num_cached`` (of the prompt, served by the prefix cache at the last admission), ``preemptions``.
+    Set by the block manager: ``block_ids`` (cache blocks in order), ``block_hashes`` (chain of full blocks).
+    Set by the loop: ``first_token_at``, ``last_token_at`` (seconds, monotonic).
+    """
+
+    id: int
+    request_id: str
+    index: int
+    tenant: TenantId
+    params: SamplingParams
+    adapter: AdapterRef | None
+    arrival: float
+    prompt_len: int
+    token_ids: list[int]
+    status: SequenceStatus = SequenceStatus.WAITING
+    slot: int = BASE_SLOT
+    num_computed: int = 0
+    num_cached: int = 0
+    preemptions: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    @property
+    def output_len(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every prompt position's logits are needed (so no cached prefix can serve it)."""
+        return self.params.prompt_logprobs is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence's share of one step: ``count`` tokens from position ``start`` on.
+
+    ``samples`` is true when the step reaches the end of the known tokens, so that a token is drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step's work, in the order in which its tokens are packed. Made by the scheduler."""
+
+    items: SequenceABC[ScheduledSequence]
+    preempted: SequenceABC[Sequence] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the packed batch."""
+        return sum(item.count for item in self.items)

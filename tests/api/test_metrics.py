@@ -1,0 +1,211 @@
+"""The series: values, the cap on labels, the gateway's gauges, the table of the docstring."""
+
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+from support.fake_engine import FakeEngine
+
+import manyhats.metrics
+from manyhats.engine.interface import EngineObserver, EngineStats
+from manyhats.metrics import LabelCap, Metrics
+from manyhats.types import FinishReason
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    lines = metrics.render().decode().splitlines()
+    return {
+        name: float(value)
+        for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    }
+
+
+def full(max_labels: int = 10) -> Metrics:
+    """Metrics that have seen everything once."""
+    metrics = Metrics(max_labels, clock=lambda: 1234.5)
+    observer: EngineObserver = metrics
+    for adapter in (None, "pirate"):
+        observer.queued(adapter, 0.5)
+        observer.first_token(adapter, 0.2)
+        observer.inter_token(adapter, 0.004)
+        observer.inter_token(adapter, 0.006)
+        observer.finished(adapter, FinishReason.STOP, 10, 4, 3, 1.5)
+    observer.step(0.03, 100, 7, 9)
+    observer.preempted()
+    observer.adapter_loaded("pirate", "host", 0.1)
+    observer.adapter_loaded("pirate", "device", 0.01)
+    observer.adapter_evicted("pirate", "device")
+    observer.adapter_load_failed("broken")
+    metrics.http("/v1/models", "GET", 200)
+    metrics.watch(FakeEngine().stats)
+    return metrics
+
+
+def test_values_by_adapter():
+    seen = samples(full())
+    for adapter in ("base", "pirate"):
+        label = f'adapter="{adapter}"'
+        assert seen[f'manyhats_requests_total{{{label},outcome="stop"}}'] == 1
+        assert seen[f'manyhats_requests_total{{{label},outcome="error"}}'] == 0
+        assert seen[f"manyhats_prompt_tokens_total{{{label}}}"] == 10
+        assert seen[f"manyhats_cached_prompt_tokens_total{{{label}}}"] == 4
+        assert seen[f"manyhats_generation_tokens_total{{{label}}}"] == 3
+        assert seen[f"manyhats_time_to_first_token_seconds_sum{{{label}}}"] == 0.2
+        assert seen[f"manyhats_inter_token_seconds_count{{{label}}}"] == 2
+        assert seen[f'manyhats_inter_token_seconds_bucket{{{label},le="0.005"}}'] == 1
+        assert seen[f"manyhats_queue_seconds_sum{{{label}}}"] == 0.5
+        assert seen[f"manyhats_request_seconds_sum{{{label}}}"] == 1.5
+    assert seen["manyhats_step_seconds_count"] == 1
+    assert seen['manyhats_step_tokens_total{kind="prefill"}'] == 100
+    assert seen['manyhats_step_tokens_total{kind="decode"}'] == 7
+    assert seen["manyhats_step_batch_tokens_sum"] == 107
+    assert seen["manyhats_step_batch_sequences_sum"] == 9
+    assert seen["manyhats_preemptions_total"] == 1
+    for tier in ("host", "device"):
+        assert seen[f'manyhats_adapter_loads_total{{adapter="pirate",tier="{tier}"}}'] == 1
+    assert seen['manyhats_adapter_load_seconds_sum{tier="host"}'] == 0.1
+    assert seen['manyhats_adapter_evictions_total{adapter="pirate",tier="device"}'] == 1
+    assert seen['manyhats_adapter_load_failures_total{adapter="broken"}'] == 1
+    assert seen['manyhats_http_requests_total{method="GET",route="/v1/models",status="200"}'] == 1
+
+
+def test_the_snapshot_and_the_gateways_gauges():
+    seen = samples(full())
+    expected = {
+        "manyhats_running": 3, "manyhats_waiting": 4, "manyhats_kv_blocks": 100,
+        "manyhats_kv_blocks_used": 25, "manyhats_slots": 8, "manyhats_slots_used": 2,
+        "manyhats_rows": 128, "manyhats_rows_used": 32, "manyhats_host_bytes": 5000,
+        "manyhats_host_bytes_used": 1000, "manyhats_leases": 2, "manyhats_steps_total": 11,
+        "manyhats_failed_steps_total": 1, 'manyhats_adapter_leases{adapter="pirate"}': 2,
+        'manyhats_adapter_leases{adapter="haiku"}': 0, "vllm:num_requests_running": 3,
+        "vllm:num_requests_waiting": 4, "vllm:kv_cache_usage_perc": 0.25,
+        'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"}': 1,
+    }  # fmt: skip
+    assert {name: seen[name] for name in expected} == expected
+    info = {name: value for name, value in seen.items() if "lora_requests_info" in name}
+    assert info == {
+        'vllm:lora_requests_info{max_lora="8",running_lora_adapters="haiku,pirate",'
+        'waiting_lora_adapters="formal,pirate"}': 1234.5
+    }
+
+
+def test_only_the_current_residency_is_exposed():
+    engine = FakeEngine()
+    current: list[EngineStats] = [engine.stats()]
+    metrics = Metrics(10, clock=lambda: 1.0)
+    metrics.watch(lambda: current[0])
+    samples(metrics)
+    current[0] = replace(current[0], resident=(), waiting_adapters=(), kv_blocks_total=0)
+    seen = samples(metrics)
+    assert [name for name in seen if "lora_requests_info" in name] == [
+        'vllm:lora_requests_info{max_lora="8",running_lora_adapters="",waiting_lora_adapters=""}'
+    ]
+    assert not any("manyhats_adapter_leases" in name for name in seen)
+    assert seen["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_before_there_is_an_engine_there_are_no_gauges():
+    assert not any(name.startswith("vllm:") for name in samples(Metrics(10)))
+
+
+def test_the_label_is_capped_in_order_of_arrival_and_in_memory():
+    cap = LabelCap(3)
+    assert [cap.label(f"a{i}") for i in range(5)] == ["a0", "a1", "a2", "other", "other"]
+    assert [cap.label(f"a{i}") for i in (4, 2, 0)] == ["other", "a2", "a0"]
+    assert cap.label(None) == "base"
+    for i in range(10_000):
+        cap.label(f"b{i}")
+    assert len(cap._labels) == 3
+
+
+def test_an_adapter_that_is_called_base_is_not_the_base():
+    cap = LabelCap(3)
+    assert cap.label("base") == "adapter:base"
+    assert cap.label("other") == "adapter:other"
+
+
+def test_the_cap_holds_in_every_series():
+    metrics = full(max_labels=2)
+    before = len(samples(metrics))
+    for i in range(50):
+        name = f"flood{i}"
+        metrics.finished(name, FinishReason.LENGTH, 1, 0, 1, 0.1)
+        metrics.adapter_loaded(name, "host", 0.1)
+        metrics.adapter_evicted(name, "host")
+        metrics.adapter_load_failed(name)
+    seen = samples(metrics)
+    labels = {m for name in seen for m in re.findall(r'adapter="([^"]*)"', name)}
+    assert labels == {"base", "pirate", "broken", "other"}
+    assert seen['manyhats_prompt_tokens_total{adapter="other"}'] == 50
+    after = len(samples(metrics))
+    metrics.finished("another", FinishReason.STOP, 1, 0, 1, 0.1)
+    assert len(samples(metrics)) == after < 2 * before
+
+
+def test_the_observer_is_safe_for_threads():
+    metrics = Metrics(4)
+    gate = threading.Barrier(4)
+
+    def work(k: int) -> None:
+        gate.wait(30)
+        for i in range(500):
+            metrics.finished(f"a{i % 8}", FinishReason.STOP, 1, 0, 2, 0.1)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    seen = samples(metrics)
+    ended = [v for n, v in seen.items() if n.startswith("manyhats_requests_total") and "stop" in n]
+    assert sum(ended) == 2000
+    assert len(ended) == 5
+
+
+def test_no_creation_times():
+    assert not any(re.search(r"_created(\{|$)", name) for name in samples(full()))
+
+
+def table() -> dict[str, tuple[str, set[str]]]:
+    """The docstring's table: series to (type, labels)."""
+    doc = manyhats.metrics.__doc__ or ""
+    columns = [
+        (m.start(), m.end()) for m in re.finditer("=+", doc[doc.index("====") :].split("\n")[0])
+    ]
+    found = {}
+    for line in doc.split("\n"):
+        if not line.startswith(("manyhats_", "vllm:")):
+            continue
+        names, kind, labels = (line[a:b].strip() for a, b in columns[:3])
+        first, *others = [name.strip() for name in names.split(",")]
+        prefix = "vllm:num_requests" if first.startswith("vllm") else "manyhats"
+        shown = {label.strip() for label in labels.split(",") if label.strip()}
+        for name in (first, *(prefix + other for other in others)):
+            found[name] = (kind, shown)
+    return found
+
+
+DESCRIBED_BELOW = {
+    "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
+    "vllm:cache_config_info": {"block_size", "num_gpu_blocks"},
+}
+
+
+def test_the_table_in_the_docstring_is_the_truth():
+    described = {
+        name: (kind, DESCRIBED_BELOW.get(name, labels)) for name, (kind, labels) in table().items()
+    }
+    real = {}
+    for family in full().registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {k for sample in family.samples for k in sample.labels if k != "le"}
+        real[name] = (family.type, labels)
+    assert described == real
+
+
+@pytest.mark.parametrize("name", sorted(DESCRIBED_BELOW))
+def test_labels_described_below_the_table(name):
+    assert all(
+        f"``{label}``" in (manyhats.metrics.__doc__ or "") for label in DESCRIBED_BELOW[name]
+    )

@@ -1,0 +1,336 @@
+"""Whole lives: random requests, adapters and tenants over tiny pools, the real slot table beneath.
+
+The simulated device remembers what each cache position was written with, so that a block that is
+read under another prefix, adapter or tenant, or before it was computed, is seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
+from manyhats.errors import AdapterLoadError
+from manyhats.scheduler.blocks import BlockManager
+from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
+from manyhats.scheduler.scheduler import Scheduler
+from manyhats.types import (
+    BASE_SLOT,
+    AdapterRef,
+    Digest,
+    SamplingParams,
+    Schedule,
+    Sequence,
+    SequenceStatus,
+    TenantId,
+)
+
+BLOCK = 3
+NAMES = ["p", "q", "r", "s"]
+RANKS = {"p": (2, 2), "q": (3, 0), "r": (0, 0), "s": (4, 1)}
+
+
+class Adapters:
+    """A residency over a real slot table; loads take ``delay`` steps, ``broken`` ones fail."""
+
+    def __init__(self, slots: int, delay: int, broken: set[str]) -> None:
+        self.table = SlotTable(slots, (5, 4))
+        self.delay = delay
+        self.broken = broken
+        self.loading: dict[Digest, int] = {}
+        self.errors: set[Digest] = set()
+        self.leases: dict[int, Digest] = {}
+
+    def tick(self) -> None:
+        for digest in tuple(self.loading):
+            self.loading[digest] -= 1
+            if self.loading[digest] > 0:
+                continue
+            del self.loading[digest]
+            if digest in self.broken:
+                self.table.load_failed(digest)
+                self.errors.add(digest)
+            else:
+                assert self.table.loaded(digest)
+
+    def _ask(self, seq: Sequence, lease: bool) -> Admission:
+        assert seq.adapter is not None
+        assert seq.id not in self.leases
+        digest = seq.adapter.digest
+        if digest in self.errors:
+            self.table.cancel_wait(seq.id)
+            return Failed(AdapterLoadError("broken"))
+        call = self.table.acquire if lease else self.table.prepare
+        answer = call(digest, RANKS[digest], seq.id)
+        if isinstance(answer, StartLoad):
+            self.loading[digest] = self.delay
+        if isinstance(answer, StartLoad | Wait):
+            return Pending()
+        if isinstance(answer, Acquired):
+            self.leases[seq.id] = digest
+        else:
+            assert isinstance(answer, Present)
+        return Ready(answer.slot)
+
+    def prepare(self, seq: Sequence) -> Admission:
+        return self._ask(seq, False)
+
+    def acquire(self, seq: Sequence) -> Admission:
+        return self._ask(seq, True)
+
+    def release(self, seq: Sequence) -> None:
+        self.table.release(self.leases.pop(seq.id))
+
+    def cancel(self, seq: Sequence) -> None:
+        assert seq.id not in self.leases
+        self.table.cancel_wait(seq.id)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request of ``n`` choices that comes after ``gap`` steps and leaves after ``patience``."""
+
+    gap: int
+    tenant: str
+    adapter: str | None
+    prompt: tuple[int, ...]
+    max_tokens: int
+    n: int
+    patience: int | None
+
+
+@dataclass
+class World:
+    """The scheduler with its device, and the checks after each step."""
+
+    scheduler: Scheduler
+    blocks: BlockManager
+    adapters: Adapters
+    max_seqs: int
+    max_tokens: int
+    memory: dict[tuple[int, int], tuple[object, ...]] = field(default_factory=dict)
+    computed: dict[int, int] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    ever_admitted: set[int] = field(default_factory=set)
+
+    def step(self, now: int) -> None:
+        self.adapters.tick()
+        running = list(self.scheduler._running.values())
+        decoding = [s for s in running if len(s.token_ids) - s.num_computed == 1]
+        schedule = self.scheduler.schedule(float(now))
+        self.check_shape(schedule, decoding)
+        for seq in schedule.preempted:
+            assert (seq.num_computed, seq.block_ids, seq.slot) == (0, [], BASE_SLOT)
+            self.computed.pop(seq.id, None)
+        for item in schedule.items:
+            self.compute(item.sequence, item.start, item.count)
+        for item in schedule.items:
+            seq = item.sequence
+            token = self.next_token(seq) if item.samples else None
+            if token is not None:
+                self.tokens[seq.id].append(token)
+            done = token is not None and seq.output_len + 1 == seq.params.max_tokens
+            self.scheduler.complete(item, token, done)
+            if done:
+                self.finished.add(seq.id)
+        self.check_books()
+
+    def check_shape(self, schedule: Schedule, decoding: list[Sequence]) -> None:
+        items = schedule.items
+        assert schedule.num_tokens == sum(i.count for i in items) <= self.max_tokens
+        assert len({i.sequence.id for i in items}) == len(items)
+        assert self.scheduler.num_running <= self.max_seqs
+        single = [i.count == 1 and i.samples for i in items]
+        assert single == sorted(single, reverse=True), "decodes are packed first"
+        served = {i.sequence for i in items}
+        assert set(decoding) <= served | set(schedule.preempted), "no decode is starved"
+        assert not served & set(schedule.preempted)
+        for item in items:
+            seq = item.sequence
+            assert seq.status is SequenceStatus.RUNNING
+            assert item.count >= 1
+            assert item.samples == (item.start + item.count == len(seq.token_ids))
+            assert (seq.adapter is None) == (seq.slot == BASE_SLOT)
+        first = {s.id for s in self.scheduler.first_admissions}
+        assert first == {i.sequence.id for i in items} - self.ever_admitted
+        self.ever_admitted |= first
+
+    def compute(self, seq: Sequence, start: int, count: int) -> None:
+        """Read all positions before ``start``, write the next ``count``: each once, in order."""
+        expected = self.computed.get(seq.id)
+        if expected is None:  # just admitted: whatever the prefix cache holds
+            assert start % BLOCK == 0
+            assert seq.num_cached == min(start, seq.prompt_len)
+        else:
+            assert start == expected
+        scope = (seq.adapter.digest if seq.adapter else None, seq.tenant)
+        for position in range(start + count):
+            where = (seq.block_ids[position // BLOCK], position % BLOCK)
+            what = (*scope, tuple(seq.token_ids[: position + 1]))
+            if position >= start:
+                self.memory[where] = what
+            else:
+                assert self.memory[where] == what
+        self.computed[seq.id] = start + count
+        if seq.adapter is not None:
+            place = self.adapters.table.placement(seq.adapter.digest)
+            assert place.slot == seq.slot
+
+    def next_token(self, seq: Sequence) -> int:
+        return (sum(seq.token_ids) + len(seq.token_ids) + (seq.slot >= 0)) % 2
+
+    def check_books(self) -> None:
+        self.blocks.check_invariants()
+        self.adapters.table.check_invariants()
+        running = self.scheduler._running.values()
+        assert self.blocks.num_used == len({b for s in running for b in s.block_ids})
+        assert set(self.adapters.leases) == {s.id for s in running if s.adapter is not None}
+        assert self.scheduler.num_running + self.scheduler.num_waiting == sum(
+            len(v) for v in self.scheduler._requests.values()
+        )
+
+
+ARRIVALS = st.lists(
+    st.builds(
+        Arrival,
+        gap=st.integers(0, 4),
+        tenant=st.sampled_from(["t", "u", "v"]),
+        adapter=st.sampled_from([None, None, *NAMES]),
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple),
+        max_tokens=st.integers(1, 9),
+        n=st.integers(1, 3),
+        patience=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    arrivals=ARRIVALS,
+    num_blocks=st.integers(8, 20),
+    max_seqs=st.integers(1, 5),
+    spare_tokens=st.integers(0, 9),
+    slots=st.integers(1, 3),
+    delay=st.integers(1, 4),
+    broken=st.sets(st.sampled_from(NAMES), max_size=1),
+    prefix_cache=st.booleans(),
+)
+def test_every_sequence_ends_and_nothing_leaks(
+    arrivals: list[Arrival],
+    num_blocks: int,
+    max_seqs: int,
+    spare_tokens: int,
+    slots: int,
+    delay: int,
+    broken: set[str],
+    prefix_cache: bool,
+) -> None:
+    blocks = BlockManager(num_blocks, BLOCK, prefix_cache=prefix_cache, base_digest="base")
+    adapters = Adapters(slots, delay, broken)
+    scheduler = Scheduler(
+        blocks,
+        adapters,
+        max_num_seqs=max_seqs,
+        max_step_tokens=max_seqs + spare_tokens,
+        max_queue=100,
+        max_context=24,
+    )
+    world = World(scheduler, blocks, adapters, max_seqs, max_seqs + spare_tokens)
+    ids = itertools.count()
+    pending = list(enumerate(arrivals))
+    due = arrivals[0].gap
+    leaving: dict[str, int] = {}
+    everyone: list[Sequence] = []
+    ended: set[int] = set()
+    now = 0
+    while pending or scheduler.has_work:
+        while pending and due <= now:
+            number, arrival = pending.pop(0)
+            seqs = [sequence(next(ids), f"r{number}", i, arrival) for i in range(arrival.n)]
+            world.tokens.update({s.id: [] for s in seqs})
+            scheduler.add_all(seqs)
+            everyone += seqs
+            if arrival.patience is not None:
+                leaving[f"r{number}"] = now + arrival.patience
+            due = now + pending[0][1].gap if pending else 0
+        for request_id in [r for r, when in leaving.items() if when <= now]:
+            del leaving[request_id]
+            ended |= {s.id for s in scheduler.abort(request_id)}
+        world.step(now)
+        for seq, _ in scheduler.take_failed():
+            assert seq.adapter is not None
+            assert seq.adapter.name in broken
+            ended.add(seq.id)
+        now += 1
+        assert now < 3000, "somebody starves"
+    for seq in everyone:
+        assert seq.status is SequenceStatus.FINISHED
+        assert (seq.id in world.finished) != (seq.id in ended)
+        assert seq.token_ids[: seq.prompt_len] == list(arrivals[int(seq.request_id[1:])].prompt)
+        assert seq.token_ids[seq.prompt_len :] == world.tokens[seq.id]
+        if seq.id in world.finished:
+            assert seq.output_len == seq.params.max_tokens
+    assert blocks.num_free == num_blocks
+    assert adapters.leases == {}
+    assert all(r.leases == 0 for r in adapters.table.residents())
+    assert adapters.table.waiting() == ()
+
+
+def sequence(ident: int, request_id: str, index: int, arrival: Arrival) -> Sequence:
+    name = arrival.adapter
+    return Sequence(
+        ident,
+        request_id,
+        index,
+        TenantId(arrival.tenant),
+        SamplingParams(max_tokens=arrival.max_tokens, seed=index),
+        AdapterRef(name, 1, Digest(name)) if name is not None else None,
+        0.0,
+        len(arrival.prompt),
+        list(arrival.prompt),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    slots=st.integers(1, 2),
+    delay=st.integers(1, 3),
+    rare=st.sampled_from(NAMES[1:]),
+    max_tokens=st.integers(1, 4),
+)
+def test_a_rare_adapter_gets_its_turn_against_a_hot_one(
+    slots: int, delay: int, rare: str, max_tokens: int
+) -> None:
+    """Every step brings two requests for the hot adapter and two for the base, for ever."""
+    blocks = BlockManager(40, BLOCK, prefix_cache=True, base_digest="base")
+    adapters = Adapters(slots, delay, set())
+    scheduler = Scheduler(
+        blocks, adapters, max_num_seqs=4, max_step_tokens=12, max_queue=10_000, max_context=24
+    )
+    world = World(scheduler, blocks, adapters, 4, 12)
+    ids = itertools.count()
+
+    def arrive(name: str | None, tenant: str) -> Sequence:
+        arrival = Arrival(0, tenant, name, (0, 1, 1), max_tokens, 1, None)
+        ident = next(ids)
+        seq = sequence(ident, f"r{ident}", 0, arrival)
+        world.tokens[ident] = []
+        scheduler.add(seq)
+        return seq
+
+    wanted: Sequence | None = None
+    for now in range(400):
+        for name in ("p", "p", None, None):
+            arrive(name, "t")
+        if now == 10:
+            wanted = arrive(rare, "u")
+        world.step(now)
+        if wanted is not None and wanted.status is SequenceStatus.FINISHED:
+            return
+    raise AssertionError("the rare adapter's request was starved")

@@ -1,0 +1,130 @@
+"""Small real adapters on disk, and the adapter service over them without an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from manyhats.adapters.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterLimits,
+    read_config_file,
+    read_weights,
+)
+from manyhats.adapters.formats import compile_adapter
+from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
+from manyhats.adapters.store import AdapterStore
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.service import AdapterService
+from manyhats.types import AdapterRef, Digest
+
+SITE = "model.layers.0.self_attn.q_proj"
+BASE_ID = "tiny-base"
+MAX_BYTES = 64 << 10
+BASE = BaseSpec(digest="0" * 64, num_layers=1, sites={SITE: SiteSpec(SITE, SiteKind.LINEAR, 8, 12)})
+
+
+def config_bytes(rank: int = 2) -> bytes:
+    """An adapter_config.json as PEFT writes it, the fields that matter."""
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    return json.dumps(config).encode()
+
+
+def weights_bytes(seed: int = 0, rank: int = 2, *, scale: float = 1.0) -> bytes:
+    """An adapter_model.safetensors for BASE; another ``seed``, another content."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = f"base_model.model.{SITE}"
+    tensors = {
+        f"{prefix}.lora_A.weight": torch.randn(rank, 8, generator=generator) * scale,
+        f"{prefix}.lora_B.weight": torch.randn(12, rank, generator=generator),
+    }
+    return save(tensors)
+
+
+def write_adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:
+    """A folder as PEFT's ``save_pretrained`` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_bytes(config_bytes(rank))
+    (folder / WEIGHTS_NAME).write_bytes(weights_bytes(seed, rank))
+    return folder
+
+
+def compile_folder(folder: Path) -> CompiledAdapter:
+    """The real importer over BASE, ranks up to 8."""
+    limits = AdapterLimits(max_rank=8)
+    return compile_adapter(
+        read_config_file(folder / CONFIG_NAME, limits),
+        read_weights(folder / WEIGHTS_NAME, limits),
+        BASE,
+        limits,
+        digest=Digest(""),
+        dtype=torch.float32,
+    )
+
+
+@dataclass
+class RecordingResidency:
+    """Writes down what the tiers above the disk were told."""
+
+    prefetched: list[AdapterRef] = field(default_factory=list)
+    dropped: list[AdapterRef] = field(default_factory=list)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        self.prefetched.append(ref)
+
+    def drop(self, ref: AdapterRef) -> None:
+        self.dropped.append(ref)
+
+
+@dataclass
+class Adapters:
+    """A service and all that it stands on. ``root`` may be registered from."""
+
+    home: Path
+    root: Path
+    store: AdapterStore
+    registry: Registry
+    residency: RecordingResidency
+    service: AdapterService
+
+    def leftovers(self) -> list[Path]:
+        """What lies in the store's temporary folder."""
+        return sorted((self.home / "store" / "tmp").iterdir())
+
+
+@contextmanager
+def open_adapters(home: Path, *, max_versions: int = 100) -> Iterator[Adapters]:
+    """The service over ``home``; closed at the end, so that it can be opened again."""
+    root = home / "allowed"
+    root.mkdir(parents=True, exist_ok=True)
+    store = AdapterStore(home / "store")
+    registry = Registry(home / "registry.sqlite", max_versions=max_versions, clock=lambda: 1234.5)
+    residency = RecordingResidency()
+    try:
+        service = AdapterService(
+            store=store,
+            registry=registry,
+            compile_folder=compile_folder,
+            residency=residency,
+            base_id=BASE_ID,
+            roots=[root],
+            max_bytes=MAX_BYTES,
+        )
+        yield Adapters(home, root, store, registry, residency, service)
+    finally:
+        registry.close()
+        store.close()
