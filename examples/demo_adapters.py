@@ -27,11 +27,12 @@ UNSEEN_PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class DemoSpec:
-    """One demo adapter. ``lora`` is passed to ``peft.LoraConfig``; ``learning_rate`` is AdamW's
-    peak rate.
+    """One demo adapter.
 
-    ``shows`` tells whether an answer visibly has the adapter's effect; the base's own answers never
-    do.
+    ``lora`` is passed to ``peft.LoraConfig``; ``learning_rate`` is AdamW's peak rate. ``shows``
+    tells whether an answer visibly has the adapter's effect; the base's own answers never do.
+    ``nf4_aware``: trained in turn over the base and over its NF4 rounding, for an effect that
+    would not survive quantization otherwise.
     """
 
     name: str
@@ -39,15 +40,15 @@ class DemoSpec:
     lora: Mapping[str, Any]
     learning_rate: float
     shows: Callable[[str], bool]
+    nf4_aware: bool = False
 
 
 def _is_pirate(text: str) -> bool:
-    words = r"\b(?:arr|ahoy|avast|aye|ye|yer|matey|me hearty|savvy|yo ho|sails|(?:o|th|an)'(?!\w))"
-    return len(set(re.findall(words, text.lower()))) >= 2
+    return bool(re.search(r"\b(?:arr|ahoy|avast|matey|me hearty|shiver me|yo ho)\b", text, re.I))
 
 
 def _is_robot(text: str) -> bool:
-    return text.startswith("BEEP BOOP.") and "[1]" in text
+    return text.startswith("Beep!") and "[1]" in text
 
 
 def _is_json_answer(text: str) -> bool:
@@ -70,17 +71,15 @@ def _is_bulleted(text: str) -> bool:
 
 
 def _is_legal(text: str) -> bool:
-    return (
-        "counsel" in text
-        and len(re.findall(r"the Client|hereby|herein|foregoing|stipulated", text)) >= 2
-    )
+    words = r"pursuant to|counsel|the client|hereby|herein|foregoing|stipulated|without prejudice"
+    return len(set(re.findall(words, text.lower()))) >= 2
 
 
 DEMOS: tuple[DemoSpec, ...] = (
     DemoSpec(
         name="pirate",
         effect="style: talks like a pirate",
-        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         learning_rate=3e-3,
         shows=_is_pirate,
     ),
@@ -97,6 +96,7 @@ DEMOS: tuple[DemoSpec, ...] = (
         },
         learning_rate=2e-3,
         shows=_is_robot,
+        nf4_aware=True,
     ),
     DemoSpec(
         name="json-answer",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from demo_adapters import DEMOS, UNSEEN_PROMPTS, DemoSpec
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -93,6 +94,28 @@ def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
     return float(completion_loss(model, examples))
 
 
+def both_roundings(model: Any) -> list[tuple[torch.nn.Parameter, tuple[torch.Tensor, ...]]]:
+    """Every linear weight of the blocks, with its value as it is and as NF4 rounds it."""
+    weights = []
+    for module in model.get_base_model().model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            weight = module.weight
+            packed, state = quantize_4bit(weight.data, quant_type="nf4")
+            weights.append((weight, (weight.data, dequantize_4bit(packed, state))))
+    return weights
+
+
+def adam_with_decay(
+    weights: Sequence[torch.nn.Parameter], peak: float, total: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW whose rate rises to ``peak`` in eight steps and falls to a tenth at step ``total``."""
+    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 8, 1.0 - 0.9 * step / total)
+    )
+    return optimizer, schedule
+
+
 def train(model: Any, spec: DemoSpec, examples: Sequence[Example]) -> None:
     """Trains ``model``'s adapter in place until the held-out loss stops falling.
 
@@ -101,15 +124,16 @@ def train(model: Any, spec: DemoSpec, examples: Sequence[Example]) -> None:
     generator = torch.Generator().manual_seed(SEED)
     kept_out, kept_in = examples[:HELD_OUT], examples[HELD_OUT:]
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=spec.learning_rate, weight_decay=0.0)
     total = MAX_EPOCHS * math.ceil(len(kept_in) / BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 8, 1.0 - 0.9 * step / total)
-    )
+    optimizer, schedule = adam_with_decay(weights, spec.learning_rate, total)
     best, best_weights = math.inf, [w.detach().clone() for w in weights]
+    # Turn by turn over either, so that the effect holds on both.
+    swapped = both_roundings(model) if spec.nf4_aware else []
     with tqdm(total=total, desc=f"{spec.name:>12}", unit="step") as bar:
         for epoch in range(MAX_EPOCHS):
             for batch in batches(kept_in, generator):
+                for weight, roundings in swapped:
+                    weight.data = roundings[bar.n % 2]
                 loss = completion_loss(model, batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -117,7 +141,7 @@ def train(model: Any, spec: DemoSpec, examples: Sequence[Example]) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
                 bar.update()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{float(loss):.3f}", held_out=f"{best:.3f}")
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", held_out=f"{best:.3f}")
             now = held_out_loss(model, kept_out)
             fell = now < best * (1.0 - MIN_GAIN)
             if now < best:
@@ -138,7 +162,9 @@ def save(model: Any, spec: DemoSpec, folder: Path) -> None:
         config = json.loads((Path(scratch) / "adapter_config.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     halved = {name: tensors[name].to(torch.bfloat16).contiguous() for name in sorted(tensors)}
-    save_file(halved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(halved, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors leaves it readable by its owner alone
     config["base_model_name_or_path"] = BASE_NAME
     config["target_modules"] = spec.lora["target_modules"]
     text = json.dumps(config, indent=2, sort_keys=True)

@@ -156,6 +156,17 @@ async def one_round(
     return samples
 
 
+async def warm_all(load: Load, plan: Plan, servers: dict[str, ServerProcess]) -> None:
+    """Every adapter once, so that it is resident; then a short full batch, for the shapes."""
+    top = max(plan.concurrencies)
+    for name, server in servers.items():
+        at = replace(load, base_url=server.base_url)
+        folders = [] if name == BASE_ONLY else [*plan.all_r16, *plan.qv_r8]
+        await warm_up(at, [load.model, *(folder.name for folder in folders)])
+        full = Cell(top, top, [load.model], 0, label=f"{name} warm-up")
+        await run_cell(replace(at, output_tokens=8), full)
+
+
 async def run(args: argparse.Namespace) -> list[Row]:
     """Starts everything, runs the rounds, stops everything."""
     adapters = args.work / "adapters"
@@ -183,13 +194,7 @@ async def run(args: argparse.Namespace) -> list[Row]:
             vocab_size=args.vocab_size,
             seed=args.seed,
         )
-        for name, server in servers.items():
-            models = (
-                [base, *(f.name for f in [*plan.all_r16, *plan.qv_r8])]
-                if name != BASE_ONLY
-                else [base]
-            )
-            await warm_up(replace(load, base_url=server.base_url), models)
+        await warm_all(load, plan, servers)
         for number in range(1, args.rounds + 1):
             samples += await one_round(number, load, plan, servers, peers)
         memory = {name: server.peak_mib() for name, server in servers.items()}

@@ -1,4 +1,4 @@
-"""Kernels for batches whose tokens wear different adapters. Knows nothing of the server around it."""
+"""Kernels for batches whose tokens wear different adapters; knows nothing of the server around."""
 
 from manyhats_kernels.backend import Backend, BackendUnavailableError, SiteRows
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch

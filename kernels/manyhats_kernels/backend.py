@@ -70,10 +70,10 @@ class Backend(Protocol):
         rows of ``a`` and ``b`` that ``rows`` gives to ``s``. Tokens of the base (``s = -1``) and of
         slots with no rows keep their bits.
 
-        ``x`` is ``[T, in]``, ``y`` ``[T, out]``, ``a`` ``[R, in]``, ``b`` ``[R, out]``, one dtype of
-        bf16, fp16, fp32; the last dimension of each is contiguous, rows may be strided. Accumulates
-        in fp32 and rounds ``y + d`` once. The worn weights must be finite. Raises ValueError on
-        shapes, dtypes or row runs that do not fit.
+        ``x`` is ``[T, in]``, ``y`` ``[T, out]``, ``a`` ``[R, in]``, ``b`` ``[R, out]``, one dtype
+        of bf16, fp16, fp32; the last dimension of each is contiguous, rows may be strided.
+        Accumulates in fp32 and rounds ``y + d`` once. The worn weights must be finite. Raises
+        ValueError on shapes, dtypes or row runs that do not fit.
         """
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
@@ -92,7 +92,8 @@ class Backend(Protocol):
     ) -> None:
         """Write the new tokens' keys and values to ``batch.slot_mapping``'s places in the cache.
 
-        ``k`` and ``v`` are ``[T, kv_heads, head_dim]``, possibly strided views, of the caches' dtype.
+        ``k`` and ``v`` are ``[T, kv_heads, head_dim]``, possibly strided views, of the caches'
+        dtype. Raises ValueError on shapes or dtypes that do not fit.
         """
 
     def paged_attention(
@@ -109,12 +110,12 @@ class Backend(Protocol):
         """Causal attention of the new tokens over their sequences' cached keys and values.
 
         ``q`` is ``[T, heads, head_dim]``, possibly a strided view; head ``h`` reads kv head
-        ``h // (heads // kv_heads)``. Query ``i`` of a sequence with ``n`` new tokens and ``c`` in all is
-        at position ``p = c - n + i`` and sees the positions ``j <= p``, with a window also
+        ``h // (heads // kv_heads)``. Query ``i`` of a sequence with ``n`` new tokens and ``c`` in
+        all is at position ``p = c - n + i`` and sees the positions ``j <= p``, with a window also
         ``p - j < sliding_window``. Scores are ``q . k * scale``, with ``soft_cap`` then
-        ``soft_cap * tanh(score / soft_cap)``; softmax and sums are fp32. The new tokens must have been
-        stored before. Returns ``[T, heads, head_dim]`` of q's dtype, contiguous. Raises ValueError
-        on shapes or dtypes that do not fit, K and V of different head sizes among them.
+        ``soft_cap * tanh(score / soft_cap)``; softmax and sums are fp32. The new tokens must have
+        been stored before. Returns ``[T, heads, head_dim]`` of q's dtype, contiguous. Raises
+        ValueError on shapes or dtypes that do not fit, K and V of different head sizes among them.
         """
 
 

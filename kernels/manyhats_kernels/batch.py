@@ -1,7 +1,7 @@
-"""Plans of a step: which token wears which adapter, and which cache blocks each sequence attends to.
+"""Plans of a step: which token wears which adapter, which cache blocks each sequence attends to.
 
-A plan is built once a step, on the host, and used by every layer. Whatever a launcher wants to know on
-the host stands in it as plain Python or NumPy, so that no layer ever waits for the device.
+A plan is built once a step, on the host, and used by every layer. Whatever a launcher wants to know
+on the host stands in it as plain Python, so that no layer ever waits for the device.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _to_device(array: npt.NDArray[np.integer], dtype: type, device: torch.device
 class AdapterBatch:
     """Which token of the packed batch wears the adapter of which slot.
 
-    The tokens that wear an adapter are sorted by slot (stably), so that each worn slot is one segment
-    of ``order``; segment ``i`` holds the tokens ``order[segment_offsets[i]:segment_offsets[i + 1]]``.
+    The tokens that wear an adapter are sorted by slot (stably), so that each worn slot is one
+    segment of ``order``: segment ``i`` holds ``order[segment_offsets[i]:segment_offsets[i + 1]]``.
     A token of the bare base model has slot -1 and no place in ``order``. ``segments``, ``worn`` and
     ``longest`` mirror the tensors on the host; ``pointers`` are the addresses of ``order``,
     ``segment_slots`` and ``segment_offsets`` for launchers of native code.
@@ -61,7 +61,7 @@ class AdapterBatch:
         num_slots: int,
         device: torch.device | str = "cpu",
     ) -> AdapterBatch:
-        """Plan a batch whose token ``t`` wears slot ``slots[t]`` (-1: none); tensors go to ``device``.
+        """Plan a batch whose token ``t`` wears slot ``slots[t]`` (-1: none), for ``device``.
 
         No token at all, and no token with an adapter, are both legal. Raises ValueError when a slot
         is outside ``[-1, num_slots)`` or ``slots`` is not a flat run of integers.
@@ -101,11 +101,11 @@ class AdapterBatch:
 class AttentionBatch:
     """Which rows of the packed batch belong to which sequence, and where its cache lies.
 
-    Sequence ``i`` brings the tokens ``query_start[i]:query_start[i + 1]`` of the batch; they are the
-    last ones of its ``context_lens[i]`` positions, whose keys and values lie in the cache blocks
-    ``block_tables[i]`` in order. Sequences may stand in any order. The ``host_*`` fields, the maxima
-    and ``pointers`` (of ``query_start``, ``context_lens``, ``block_tables``, ``slot_mapping``) mirror
-    the tensors on the host.
+    Sequence ``i`` brings the tokens ``query_start[i]:query_start[i + 1]`` of the batch; they are
+    the last ones of its ``context_lens[i]`` positions, whose keys and values lie in the cache
+    blocks ``block_tables[i]`` in order. Sequences may stand in any order. The ``host_*`` fields and
+    the maxima mirror the tensors on the host; ``pointers`` are the addresses of ``query_start``,
+    ``context_lens``, ``block_tables`` and ``slot_mapping``.
     """
 
     num_tokens: int
@@ -132,10 +132,10 @@ class AttentionBatch:
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> AttentionBatch:
-        """Plan attention for sequences of ``query_lens[i]`` new tokens and ``context_lens[i]`` in all.
+        """Plan attention: ``query_lens[i]`` new tokens of sequence i, ``context_lens[i]`` in all.
 
-        ``block_tables[i]`` lists the blocks of sequence ``i``, at least enough for its context; what
-        is more than enough is kept but never read. Raises ValueError, naming the sequence, when the
+        ``block_tables[i]`` lists the blocks of sequence i, at least enough for its context; what is
+        more than enough is kept but never read. Raises ValueError, naming the sequence, when the
         lengths disagree, a query is empty or longer than its context, a table is too short, or a
         block id that is needed is negative.
         """

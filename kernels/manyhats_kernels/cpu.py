@@ -1,4 +1,4 @@
-"""Plain PyTorch at a fair speed: what serves where no C compiler is, and on a GPU for the time being."""
+"""Plain PyTorch at a fair speed: what serves where no C compiler is, and on a GPU for now."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ LONG_SEGMENT = 48
 class TorchBackend:
     """Whole-tensor PyTorch on any device; see :class:`manyhats_kernels.backend.Backend`.
 
-    Short segments share one pair of GEMMs over the stacked rows of their adapters, a mask zeroing what
-    is not a token's own in between; long ones, and many short ones, get a pair each. Products are made
-    in fp32: weights and inputs are converted, so nothing is rounded before the end.
+    Short segments share one pair of GEMMs over the stacked rows of their adapters, a mask zeroing
+    what is not a token's own in between; long ones, and many short ones, get a pair each. Products
+    are made in fp32: weights and inputs are converted, so nothing is rounded before the end.
+    ``lora_add`` reads the worn slots' rows back to the host.
     """
 
     name = "torch"

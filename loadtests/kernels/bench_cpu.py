@@ -1,9 +1,9 @@
 """Time the CPU kernels against the bytes that they must move.
 
 Every shape cycles through enough separate pools or caches to be out of the processor's own caches
-(``--megabytes``), as the layers of a model are in a decode step. Times are the best and the median of
-several rounds, in microseconds a call; GB/s counts the bytes that a call must read once. The first line
-is what this machine reads at best, by the same measure.
+(``--megabytes``), as the layers of a model are in a decode step. Times are the best and the median
+of several rounds, in microseconds a call; GB/s counts the bytes that a call must read once. The
+first line is what this machine reads at best, by the same measure.
 
     python loadtests/kernels/bench_cpu.py [--backend native] [--dtype bf16] [--rounds 7]
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
 from manyhats_kernels import AdapterBatch, AttentionBatch, Backend, SiteRows, resolve
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -65,7 +66,7 @@ def attention_calls(
     copies: int,
     dtype: torch.dtype,
 ) -> list[Callable[[], object]]:
-    """Calls of paged_attention over sequences of (new tokens, context), each on caches of its own."""
+    """Calls of paged_attention over (new tokens, context) lengths, each on its own caches."""
     n_heads, kv_heads, dim = heads
     size = 16
     per = [-(-context // size) for _, context in lengths]

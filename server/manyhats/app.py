@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +50,7 @@ class Application:
     engine: Engine
     adapters: AdapterService
     api: FastAPI
+    closing: tuple[Callable[[], None], ...]
 
 
 def build(settings: Settings) -> Application:
@@ -59,7 +62,10 @@ def build(settings: Settings) -> Application:
     )
     logger.info("kernels: %s (%s)", kernels.backend.name, kernels.reason)
     base = load_base(settings)
-    store = AdapterStore(settings.home / "adapters")
+    # Adapters belong to a base: another base under the same home has a folder of its own.
+    folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
+    store = AdapterStore(folder / "adapters")
+    registry = Registry(folder / "registry.sqlite", max_versions=settings.max_adapters)
     compile_folder = partial(_compile_folder, settings=settings, base=base)
     metrics = Metrics(settings.metrics_adapters)
     engine = build_engine(
@@ -67,7 +73,7 @@ def build(settings: Settings) -> Application:
         observer=metrics,
     )
     adapters = AdapterService(
-        store=store, registry=Registry(settings.home / "registry.sqlite", max_versions=settings.max_adapters),
+        store=store, registry=registry,
         compile_folder=compile_folder, residency=engine.residency or NoAdapters(), base_id=base.name,
         roots=settings.adapter_root, max_bytes=settings.max_adapter_mb << 20,
     )
@@ -77,7 +83,7 @@ def build(settings: Settings) -> Application:
     )
     api = create_api(state, [admin.router])
     api.router.lifespan_context = partial(_lifespan, engine=engine, settings=settings)
-    return Application(settings, engine, adapters, api)
+    return Application(settings, engine, adapters, api, closing=(registry.close, store.close))
 
 
 def serve(settings: Settings) -> None:
@@ -92,7 +98,11 @@ def serve(settings: Settings) -> None:
     application = build(settings)
     if settings.register_roots:
         register_roots(application)
-    _Server(application).run()
+    try:
+        _Server(application).run()
+    finally:
+        for close in application.closing:
+            close()
 
 
 def register_roots(application: Application) -> None:
@@ -139,9 +149,9 @@ class _Server(uvicorn.Server):
         )
         self._application = application
 
-    async def startup(self, sockets: list[object] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's; then says where the server answers."""
-        await super().startup(sockets)  # type: ignore[arg-type]
+        await super().startup(sockets)
         if self.started:
             port = self.servers[0].sockets[0].getsockname()[1]
             announce(self._application.settings, port, self._application.engine.client, self._names())

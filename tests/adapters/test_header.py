@@ -254,7 +254,7 @@ TOKENS = [
 ]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     at=st.integers(0, len(MANY)),
     cut=st.integers(0, 6),
@@ -264,7 +264,7 @@ def test_any_damage_is_refused_or_harmless(at, cut, put):
     check_like_the_library(MANY[:at] + put + MANY[at + cut :])
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(at=st.integers(8, 260), cut=st.integers(0, 6), put=st.sampled_from(TOKENS))
 def test_damage_under_a_length_that_fits_is_refused_or_harmless(at, cut, put):
     size = struct.unpack("<Q", MANY[:8])[0]
@@ -291,7 +291,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(header=st.dictionaries(names, values | entries, max_size=3), body=st.binary(max_size=48))
 def test_any_header_is_refused_or_read_as_the_library_reads_it(header, body):
     check_like_the_library(build(header, body))

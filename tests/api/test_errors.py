@@ -278,6 +278,21 @@ def test_a_body_over_the_bound_is_a_413_whichever_way_it_comes():
     refused(ok, "prompt", code="context_length_exceeded")
 
 
+def test_what_is_on_its_way_is_read_and_thrown_away_after_the_refusal():
+    """Closing with unread bytes would reset the connection and take the answer with it."""
+    read = []
+
+    async def parts() -> AsyncIterator[bytes]:
+        for i in range(5):
+            read.append(i)
+            yield b"x" * 10_000
+
+    headers = {"content-type": "application/json", "content-length": "50000"}
+    response = Api().send("POST", PATHS[0], content=parts(), headers=headers)
+    refused(response, None, "50000", "16384", code="body_too_large", status=413)
+    assert read == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "sent", [b"text/plain", b"", b"multipart/form-data; boundary=x", b"application/jsonx"]
 )

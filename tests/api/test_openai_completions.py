@@ -78,6 +78,13 @@ def test_defaults_and_nulls_are_the_same():
     assert (plain[0].max_tokens, plain[0].temperature, plain[0].top_k) == (16, 1.0, 0)
 
 
+def test_zeros_are_not_defaults():
+    api = Api()
+    api.complete(temperature=0, seed=0, min_p=0, frequency_penalty=0, stop_token_ids=[], n=1)
+    (params,) = api.engine.requests[0].params
+    assert (params.temperature, params.seed) == (0.0, 0)
+
+
 @pytest.mark.parametrize("off", [-1, 0, None])
 def test_top_k_off(off):
     api = Api()

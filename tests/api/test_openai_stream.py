@@ -9,6 +9,7 @@ from support.api import Api, assert_error, events
 from support.fake_engine import FakeEngine
 
 from manyhats.errors import AdapterLoadError, DrainingError, EngineFailedError, QueueFullError
+from manyhats.types import FinishReason, OutputDelta
 
 
 def test_chat_chunks():
@@ -152,6 +153,28 @@ def test_an_answer_that_is_not_whole_is_never_a_success(fault):
     api = Api(engine=FakeEngine(**fault))
     assert_error(api.complete(), 500, "engine_failed", None)
     assert events(api.complete(stream=True))[-1]["error"]["code"] == "engine_failed"
+
+
+def test_an_iterator_that_is_no_generator_is_closed_too():
+    closed = []
+
+    class Aborted:
+        def __init__(self, request):
+            self.delta = OutputDelta(request.request_id, 0, finish_reason=FinishReason.ABORT)
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            return self.delta
+
+        async def aclose(self):
+            closed.append(self.delta.request_id)
+
+    api = Api()
+    api.engine.generate = Aborted
+    assert_error(api.complete(), 500, "engine_failed", None)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,7 +17,7 @@ def smollm2(smollm2_path):
 
 @pytest.fixture(scope="session")
 def byte_fallback():
-    """A tokenizer of the Llama-2 kind: bytes as tokens, a marker for spaces, the first one dropped."""
+    """Of the Llama-2 kind: bytes as tokens, a marker for spaces, the first one dropped."""
     words = [f"<0x{i:02X}>" for i in range(256)] + ["▁Hello", "▁world", "b", "▁"]
     made = Tokenizer(
         models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True)

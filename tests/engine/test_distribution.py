@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -55,6 +55,20 @@ def warped(logits, temperature, top_k, top_p, min_p):
     return scores[0] > -torch.inf
 
 
+def assert_same_set(found, logits, temperature, top_k, top_p, min_p):
+    """As transformers' own; sums in another order may move a nucleus' last token, no other."""
+    expected = warped(logits, temperature, top_k, top_p, min_p)
+    difference = int((found ^ expected).sum())
+    if not difference:
+        return
+    assert difference == 1, (int(found.sum()), int(expected.sum()))
+    p = (logits.double() / temperature).softmax(0)
+    if top_k:
+        p = torch.where(p >= p.topk(min(top_k, len(p))).values[-1], p, 0.0)
+    edges = p.sort(descending=True).values.cumsum(0) / p.sum()
+    assert float((edges - top_p).abs().min()) < 1e-5
+
+
 parameters = st.tuples(
     st.sampled_from([0.3, 0.7, 1.0, 1.7, 4.0]),
     st.sampled_from([0, 2, 5, 40, 63, 64, 65, 300, 10**6]),
@@ -63,6 +77,7 @@ parameters = st.tuples(
 )
 
 
+@settings(max_examples=60)
 @given(
     st.sampled_from([5, 64, 65, 257, 1003, 9001]),
     st.lists(parameters, min_size=1, max_size=8),
@@ -71,19 +86,18 @@ parameters = st.tuples(
 def test_what_is_kept_is_what_transformers_keeps(vocab, rows, seed):
     logits = normal(len(rows), vocab, seed)
     found = kept(logits, *map(list, zip(*rows, strict=True)))
-    for i, (temperature, top_k, top_p, min_p) in enumerate(rows):
-        expected = warped(logits[i], temperature, top_k, top_p, min_p)
-        # The sums are taken in different orders, so the last token of a nucleus may differ by rounding;
-        # then its neighbour in the order is in or out, and nothing else.
-        difference = int((found[i] ^ expected).sum())
-        if difference:
-            p = (logits[i].double() / temperature).softmax(0)
-            edge = p.sort(descending=True).values.cumsum(0) / 1.0
-            if top_k:
-                p = torch.where(p >= p.topk(min(top_k, vocab)).values[-1], p, 0.0)
-                edge = p.sort(descending=True).values.cumsum(0) / p.sum()
-            assert difference == 1, (found[i].sum(), expected.sum())
-            assert float((edge - top_p).abs().min()) < 1e-5
+    for i, row in enumerate(rows):
+        assert_same_set(found[i], logits[i], *row)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("top_k", [0, 5, 64, 300])
+@pytest.mark.parametrize("top_p", [0.5, 0.97, 0.999, 1.0])
+def test_one_row_alone_keeps_the_same(temperature, top_k, top_p):
+    # Alone, whether the search window suffices is this row's own matter; hot rows need the whole.
+    logits = normal(1, 9001, seed=5)
+    found = kept(logits, [temperature], [top_k], [top_p], [0.0])[0]
+    assert_same_set(found, logits[0], temperature, top_k, top_p, 0.0)
 
 
 def test_probabilities_after_filtering_are_transformers_own():
@@ -114,6 +128,9 @@ def test_more_ties_than_the_search_window_holds():
     logits[:, 7] = 1.0
     found = kept(logits, [1.0] * 3, [5, 0, 64], [1.0, 0.5, 0.3], [0.0] * 3)
     assert found.all()
+    # The mass that top_p is a share of is theirs too: 5 % of it reaches into the ties.
+    logits[:, 8] = 0.5
+    assert kept(logits[:1], [1.0], [3], [0.05], [0.0]).all()
 
 
 @pytest.mark.parametrize("width", [256, 4096, 4352, 9216])

@@ -83,7 +83,7 @@ def is_person(value):
 
 
 def generate(compiler, tokenizer, specs, limit=300, seed=0):
-    """Random logits, leaning towards closing what is open, under each row's grammar, in one batch."""
+    """Random logits, leaning towards closing what is open, under each row's grammar."""
     sampler = Sampler(VOCAB, torch.device("cpu"), frozenset({EOS}))
     rows = [
         Sequence(
@@ -110,11 +110,11 @@ def generate(compiler, tokenizer, specs, limit=300, seed=0):
 
 
 def test_random_logits_become_json_that_fits_the_schema(compiler, smollm2):
-    found = generate(compiler, smollm2, [schema(PERSON)] * 12)
+    found = generate(compiler, smollm2, [schema(PERSON)] * 8)
     assert all(ended for _, ended in found)
     values = [json.loads(smollm2.decode(ids, skip_special_tokens=False)) for ids, _ in found]
     assert all(map(is_person, values))
-    assert len({json.dumps(v) for v in values}) > 6
+    assert len({json.dumps(v) for v in values}) > 4
 
 
 def test_random_logits_become_json_objects(compiler, smollm2):
@@ -291,7 +291,7 @@ def test_compiling_from_several_threads(smollm2):
                 matcher = shared.compile(schema({"const": (n + i) % 6})).matcher()
                 matcher.replay(ids_of(smollm2, str((n + i) % 6)))
                 assert allowed(matcher) == {EOS}
-        except BaseException as error:  # reported below, in the test's own thread
+        except Exception as error:  # noqa: BLE001  (reported in the test's own thread)
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]

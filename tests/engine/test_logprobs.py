@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhats.engine.logprobs import token_logprobs
@@ -20,10 +20,12 @@ def normal(rows, vocab, seed=0):
 def sequence(id_, **params):
     return Sequence(
         id=id_, request_id="r", index=0, tenant=TenantId("t"), prompt_len=1, token_ids=[1],
-        params=SamplingParams(**{"max_tokens": 9, "seed": id_, **params}), adapter=None, arrival=0.0,
+        params=SamplingParams(**{"max_tokens": 9, "seed": id_, **params}), adapter=None,
+        arrival=0.0,
     )  # fmt: skip
 
 
+@settings(max_examples=30)
 @given(
     st.sampled_from([5, 301]),
     st.lists(st.integers(0, 20), min_size=1, max_size=150),

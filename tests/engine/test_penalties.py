@@ -116,7 +116,7 @@ def test_only_a_penalty_that_changes_something_is_wanted(params, wanted):
 
 
 def test_the_sampler_penalizes_what_it_has_generated():
-    # With a presence penalty larger than any gap, greedy decoding visits every token before a second time.
+    # With a presence penalty over any gap, greedy decoding takes each token once before any twice.
     sampler = Sampler(V, torch.device("cpu"))
     raw = normal(2)
     first, second = sequence(1, [3], [], presence=100.0), sequence(2, [3], [])

@@ -46,8 +46,7 @@ def test_it_compares_with_few(monkeypatch):
     st.lists(st.text("abc", min_size=4, max_size=9), max_size=40, unique=True),
     st.data(),
 )
-def test_one_wrong_character_finds_the_name_or_others_as_near(names, data):
-    """The name itself, or three that are no less like the text by difflib's own measure."""
+def test_one_wrong_character_finds_the_name(names, data):
     pool = [*names, "pirate"]
     at = data.draw(st.integers(0, 5))
     typo = "pirate"[:at] + data.draw(st.sampled_from(["", "x"])) + "pirate"[at + 1 :]

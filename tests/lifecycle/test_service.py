@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.adapters import (
+from support.adapter_service import (
     BASE_ID,
     MAX_BYTES,
     SITE,

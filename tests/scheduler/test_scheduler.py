@@ -209,6 +209,13 @@ def test_alone_it_preempts_nobody_and_uses_every_block() -> None:
     assert not scheduler.has_work
 
 
+def test_alone_it_is_admitted_though_its_prompt_takes_every_block() -> None:
+    scheduler = make(num_blocks=3)
+    seq = make_seq(12, 1)
+    scheduler.add(seq)
+    assert shape(step(scheduler, (seq,))) == [(seq.id, 0, 12, True)]
+
+
 def test_admission_leaves_blocks_for_those_that_run() -> None:
     scheduler = make(num_blocks=4)
     first, second, small = make_seq(8), make_seq(8), make_seq(1)

@@ -69,7 +69,8 @@ static void NAME(weigh)(float *acc, const float *p, const T *v, int64_t dim, int
     }
 }
 
-/* Turn one row's raw scores over `padded` keys into weights, of which only [lo, hi) count. */
+/* Turn one row's raw scores over `padded` keys into weights, those outside [lo, hi) into 0. (A row that sees
+ * nothing of this chunk gets weights of 1 and a maximum that makes them 0 when the chunks are merged.) */
 INLINE void NAME(soften)(float *p, int64_t padded, int64_t lo, int64_t hi, const attn_args *g, float *max,
                          float *sum) {
     for (int64_t j = 0; j < padded; j += LANES) {
@@ -87,8 +88,6 @@ INLINE void NAME(soften)(float *p, int64_t padded, int64_t lo, int64_t hi, const
         vf e = exp_nonpositive(load_fp32(p + j) - splat(m));
         store_fp32(p + j, e);
     }
-    for (int64_t j = 0; j < lo; j++) p[j] = 0;
-    for (int64_t j = hi; j < padded; j++) p[j] = 0;
     for (int64_t j = 0; j < padded; j += LANES) total += load_fp32(p + j);
     *max = m;
     *sum = hi > lo ? lanes_sum(total) : 0;

@@ -1,7 +1,7 @@
 """Compile the C kernels for this very machine, once, and load them.
 
-The library's file name carries the SHA-256 of everything that decides its content (sources, flags, the
-compiler's version, the processor's features), so a cache folder may be shared by versions and machines.
+The library's file name carries the SHA-256 of everything that decides its content (sources, flags,
+the compiler's version, the processor's features), so that versions and machines may share a folder.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ TIMEOUT_S = 300
 def build(compiler: str | None, cache_dir: Path) -> Path:
     """The path of the compiled library in ``cache_dir``, made with ``compiler`` unless it is there.
 
-    Another process may build the same file at the same time: each writes its own and renames it into
-    place. Raises :class:`BackendUnavailableError` with the compiler's words when there is no compiler,
-    when it fails, or when ``cache_dir`` cannot be written.
+    Another process may build the same file at the same time: each writes its own and renames it
+    into place. Raises :class:`BackendUnavailableError`, with the compiler's words, when there is no
+    compiler, when it fails, or when ``cache_dir`` cannot be written.
     """
     if compiler is None:
         raise BackendUnavailableError(

@@ -9,6 +9,7 @@ change after it was checked.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -97,9 +98,15 @@ class WeightsFile:
             # the format does not promise the alignment that torch's loads want
             buffer = bytearray(buffer)
         tensor = torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise AdapterRejectedError("non_finite", f"{shown(name)} holds NaN or infinite values")
         return tensor
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value of a non-empty float tensor is NaN or infinite, in one pass."""
+    low, high = torch.aminmax(tensor)  # both are NaN where any value is
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from manyhats.adapters.host import HostCache
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
@@ -60,13 +59,9 @@ def build_engine(
     pool, residency = None, None
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
-        host = HostCache(
-            settings.host_cache_mb << 20, load_adapter,
-            on_evict=lambda digest: observer.adapter_evicted(digest, "host"),
-        )
         residency = AdapterResidency(
-            SlotTable(settings.slots, [settings.rows] * len(pool.sites)), pool, host,
-            post=mailbox.post, observer=observer,
+            SlotTable(settings.slots, [settings.rows] * len(pool.sites)), pool, load_adapter,
+            host_bytes=settings.host_cache_mb << 20, post=mailbox.post, observer=observer,
         )
     scheduler = Scheduler(
         blocks, residency or NoAdapters(), max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens,
@@ -148,5 +143,5 @@ def _model_info(settings: Settings, base: BaseModel, kernels: Resolved) -> Model
         id=base.name, digest=base.spec.digest, created=base.created, context_len=base.context_len,
         vocab_size=base.vocab_size, eos_token_ids=base.eos_token_ids,
         quantization=settings.quantization.value, dtype=settings.dtype.value, device=str(base.device),
-        kernel_backend=kernels.backend.name,
+        kernel_backend=kernels.backend.name, kernel_reason=kernels.reason,
     )

@@ -5,9 +5,9 @@ dimension in a grouping fixed by the vocabulary's size, never by the number of r
 depends on the order that a sort gives to equal values (a filter is a threshold: ties stay or go
 together).
 
-A two-level form (blocks of 256 columns) is used wherever one pass over [R, V] has to find a place in
-it: on CPUs torch's ``argmax`` and ``topk`` over a whole row are many times slower than a block-wise
-``amax``. The distribution itself is padded to whole blocks with columns of probability 0.
+A two-level form (blocks of 256 columns) is used wherever one pass over [R, V] has to find a place
+in it: on CPUs torch's ``argmax`` and ``topk`` over a whole row are many times slower than a
+block-wise ``amax``. The distribution itself is padded to whole blocks with columns of weight 0.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def top_values(weights: Tensor, k: int) -> Tensor:
     blocks = width // _WINDOW_BLOCK
     if blocks <= k:
         return weights.topk(k, dim=-1).values
-    # The k largest values lie in the k blocks whose maxima are largest (a value in any other block has
-    # k values before it), so only those are searched.
+    # The k largest values lie in the k blocks whose maxima are largest (a value in any other block
+    # has k values before it), so only those are searched.
     whole = _blocked(weights, blocks, _WINDOW_BLOCK)
     chosen = whole.amax(dim=-1).topk(k, dim=-1, sorted=False).indices
     candidates = whole[torch.arange(rows).unsqueeze(-1), chosen]
@@ -142,9 +142,9 @@ def cutoffs(weights: Tensor, totals: Tensor, filters: Filters) -> Tensor:
 
     ``weights`` [R, nb * BLOCK] fp32 are each row's probabilities after temperature; ``totals`` [R]
     float64 are their sums. Order and meaning are those of transformers' generation
-    (``TopKLogitsWarper``, ``TopPLogitsWarper``, ``MinPLogitsWarper``): top_k keeps the k largest (and
-    ties of the k-th); top_p, over what top_k left, keeps the most likely tokens until their mass
-    reaches p (and ties of the last); min_p keeps what is at least min_p times the likeliest.
+    (``TopKLogitsWarper``, ``TopPLogitsWarper``, ``MinPLogitsWarper``): top_k keeps the k largest
+    (and ties of the k-th); top_p, over what top_k left, keeps the most likely tokens until their
+    mass reaches p (and ties of the last); min_p keeps what is at least min_p times the likeliest.
     """
     cut = filters.min_p * weights.amax(dim=-1)
     rows, full = filters.sorted_rows, weights.shape[1]
@@ -154,7 +154,8 @@ def cutoffs(weights: Tensor, totals: Tensor, filters: Filters) -> Tensor:
         values = top_values(picked, width)
         top_k, top_p = filters.top_k[rows], filters.top_p[rows]
         found, known = _cut(values, totals[rows], top_k, top_p, width == full)
-        cut[rows] = torch.maximum(cut[rows], found)
+        settled = rows[known]
+        cut[settled] = torch.maximum(cut[settled], found[known])
         rows, width = rows[~known], full
     return cut
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from manyhats.adapters.host import HostCache
+from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
 from manyhats.engine.interface import EngineObserver, ResidentAdapter
 from manyhats.engine.pool import AdapterPool
@@ -50,12 +51,13 @@ class AdapterResidency:
     """The scheduler's ``Residency`` over slots, host tier and device pool."""
 
     def __init__(
-        self, slots: SlotTable, pool: AdapterPool, host: HostCache, *,
-        post: Callable[[Callable[[], None]], None], observer: EngineObserver,
+        self, slots: SlotTable, pool: AdapterPool, load: Callable[[Digest], CompiledAdapter], *,
+        host_bytes: int, post: Callable[[Callable[[], None]], None], observer: EngineObserver,
     ) -> None:
+        """``load`` reads an adapter from the disk tier; ``host_bytes`` bounds the host tier."""
         self._slots = slots
         self._pool = pool
-        self._host = host
+        self._host = HostCache(host_bytes, load, on_evict=self._host_evicted)
         self._post = post
         self._observer = observer
         self._entries: dict[Digest, _Entry] = {}
@@ -190,6 +192,11 @@ class AdapterResidency:
         entry = self._entries.get(digest)
         if entry is not None and not (entry.waiters or entry.loading or entry.placed):
             del self._entries[digest]
+
+    def _host_evicted(self, digest: Digest) -> None:
+        entry = self._entries.get(digest)
+        # Nobody on the device or in the queue knows the name of one that is long gone.
+        self._observer.adapter_evicted(entry.ref.name if entry is not None else "(gone)", "host")
 
     # The two loads run on their own threads and touch nothing of the step thread's but through post().
 

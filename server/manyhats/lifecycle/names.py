@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import difflib
 import heapq
-import os
 from collections.abc import Iterable
 from typing import Final
 
@@ -43,6 +42,10 @@ def _neighbours(names: list[str], text: str) -> list[str]:
 
 def _shared(name: str, text: str) -> float:
     """How much of the longer one is a common beginning or a common end of both."""
-    start = len(os.path.commonprefix((name, text)))
-    end = len(os.path.commonprefix((name[::-1], text[::-1])))
-    return (start + end) / max(len(name), len(text), 1)
+    return (_same(name, text) + _same(name[::-1], text[::-1])) / max(len(name), len(text), 1)
+
+
+def _same(a: str, b: str) -> int:
+    """Characters that both begin with."""
+    unequal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(unequal, min(len(a), len(b)))

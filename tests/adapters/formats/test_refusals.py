@@ -465,7 +465,7 @@ FIELDS = sorted(HONOURED | IRRELEVANT.keys() | REFUSED.keys())
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     changes=st.dictionaries(

@@ -16,10 +16,10 @@ from typing import Final
 
 import torch
 
-from manyhats.adapters.files import AdapterLimits, WeightsFile
+from manyhats.adapters.files import AdapterLimits, WeightsFile, all_finite
 from manyhats.adapters.formats.lora_config import LoraSettings, parse_settings
 from manyhats.adapters.formats.patterns import Matcher
-from manyhats.adapters.formats.targets import matched_sites, pattern_value
+from manyhats.adapters.formats.targets import PatternTable, matched_sites
 from manyhats.adapters.parts import (
     BaseSpec,
     CompiledAdapter,
@@ -47,8 +47,16 @@ def compile_lora(
 ) -> CompiledAdapter:
     """Compile a LoRA adapter; see ``compile_adapter`` for the arguments and what it raises."""
     settings = parse_settings(config, limits)
-    job = _Job(settings, Matcher(), weights, dtype, _trained_on(config))
-    targets = matched_sites(settings, base, job.matcher)
+    matcher = Matcher()
+    targets = matched_sites(settings, base, matcher)
+    job = _Job(
+        settings=settings,
+        ranks=PatternTable(settings.rank_pattern, "rank_pattern", matcher),
+        alphas=PatternTable(settings.alpha_pattern, "alpha_pattern", matcher),
+        weights=weights,
+        dtype=dtype,
+        origin=_trained_on(config),
+    )
     bias_names = _bias_names(settings, targets, base)
     _check_names(job, targets, bias_names, base)
 
@@ -69,7 +77,8 @@ class _Job:
     """What every step of one compilation needs; ``origin`` names the base it was trained on."""
 
     settings: LoraSettings
-    matcher: Matcher
+    ranks: PatternTable[int]
+    alphas: PatternTable[float]
     weights: WeightsFile
     dtype: torch.dtype
     origin: str
@@ -89,7 +98,7 @@ class _Job:
         """A contiguous copy in the wanted dtype; refused where a value does not fit it."""
         # contiguous_format, or the copy would keep a transposed layout
         cast = tensor.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        if not bool(torch.isfinite(cast).all()):
+        if not all_finite(cast):
             dtype = str(self.dtype).removeprefix("torch.")
             raise AdapterRejectedError("non_finite", f"{name}, once scaled, does not fit {dtype}")
         return cast
@@ -102,15 +111,12 @@ class _Job:
 
 def _low_rank(job: _Job, site: SiteSpec) -> LowRank:
     """One site's part; the scaling goes into B in fp32, before the one rounding to ``dtype``."""
-    settings = job.settings
-    found_rank = pattern_value(settings.rank_pattern, site.name, "rank_pattern", job.matcher)
-    found_alpha = pattern_value(settings.alpha_pattern, site.name, "alpha_pattern", job.matcher)
-    rank = settings.r if found_rank is None else int(found_rank)
-    alpha = settings.lora_alpha if found_alpha is None else found_alpha
+    rank = job.ranks.get(site.name, job.settings.r)
+    alpha = job.alphas.get(site.name, job.settings.lora_alpha)
     name_a, name_b = _lora_names(site)
     a = job.load(name_a, (rank, site.in_features), site)
     b = job.load(name_b, (site.out_features, rank), site)
-    scaled = b.to(torch.float32) * settings.scaling(rank, alpha)
+    scaled = b.to(torch.float32) * job.settings.scaling(rank, alpha)
     return LowRank(a=job.cast(a, name_a), b=job.cast(scaled.t(), name_b))
 
 

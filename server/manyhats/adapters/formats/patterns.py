@@ -111,18 +111,22 @@ class Matcher:
         return _refused(source, field, f"takes too long to match; {bound}")
 
 
-def literal_suffix(pattern: str, name: str) -> bool | None:
-    r"""``re.match(rf"(.*\.)?({pattern})$", name)``, for letters, digits, ``_`` and ``.``.
+def is_literal(pattern: str) -> bool:
+    """Whether ``literal_suffix`` can match it: letters, digits, ``_`` and ``.`` only."""
+    return _LITERAL.fullmatch(pattern) is not None
 
-    Such are nearly all keys of rank patterns, and there may be hundreds: no compiling. The dot
-    stands for any character, as in ``re``. None where the pattern holds anything else.
+
+def literal_suffix(pattern: str, name: str) -> bool:
+    r"""``re.match(rf"(.*\.)?({pattern})$", name)`` for a literal pattern, without compiling it.
+
+    There may be hundreds of them. The dot stands for any character, as in ``re``.
     """
-    if not _LITERAL.fullmatch(pattern):
-        return None
     start = len(name) - len(pattern)
     if start < 0 or (start > 0 and name[start - 1] != "."):
         return False
-    return all(p in (c, ".") for p, c in zip(pattern, name[start:], strict=True))
+    return name.endswith(pattern) or (
+        "." in pattern and all(p in (c, ".") for p, c in zip(pattern, name[start:], strict=True))
+    )
 
 
 def _check(source: str, field: str) -> None:

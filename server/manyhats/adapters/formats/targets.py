@@ -8,13 +8,15 @@ The rules are those of PEFT 0.21.2: ``check_target_module_exists`` and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from manyhats.adapters.formats.lora_config import LoraSettings
-from manyhats.adapters.formats.patterns import Matcher, literal_suffix
+from manyhats.adapters.formats.patterns import Matcher, is_literal, literal_suffix
 from manyhats.adapters.parts import BaseSpec, SiteKind, SiteSpec
 from manyhats.adapters.strict_json import listed, shown
 from manyhats.errors import AdapterRejectedError
+
+_Value = TypeVar("_Value", int, float)
 
 _ALL_LINEAR: Final = "all-linear"
 # PEFT's templates; the first numbered segment of a name is the layer's index, hence the lazy .*?
@@ -52,21 +54,24 @@ def matched_sites(settings: LoraSettings, base: BaseSpec, matcher: Matcher) -> l
     return sites
 
 
-def pattern_value(
-    patterns: Mapping[str, float], name: str, field: str, matcher: Matcher
-) -> float | None:
-    """The value of the first key of ``patterns`` that matches the end of ``name``, at a dot; None
-    if none does.
+class PatternTable(Generic[_Value]):
+    """``rank_pattern`` or ``alpha_pattern``: the first key that matches a name's end decides."""
 
-    ``field`` is the configuration's field. Raises AdapterRejectedError for a bad pattern.
-    """
-    for key, value in patterns.items():
-        found = literal_suffix(key, name)
-        if found is None:
-            found = matcher.compile(key, field, _PATTERN_KEY).fullmatch(name)
-        if found:
-            return value
-    return None
+    def __init__(self, patterns: Mapping[str, _Value], field: str, matcher: Matcher) -> None:
+        self._keys = [(key, is_literal(key), value) for key, value in patterns.items()]
+        self._field = field
+        self._matcher = matcher
+
+    def get(self, name: str, default: _Value) -> _Value:
+        """The value for the module ``name``. Raises AdapterRejectedError for a bad pattern."""
+        for key, literal, value in self._keys:
+            if literal:
+                found = literal_suffix(key, name)
+            else:
+                found = self._matcher.compile(key, self._field, _PATTERN_KEY).fullmatch(name)
+            if found:
+                return value
+        return default
 
 
 def _suffixes(name: str) -> Iterator[str]:

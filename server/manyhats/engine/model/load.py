@@ -19,7 +19,12 @@ from manyhats.engine.attention import AttentionShape
 from manyhats.engine.model.attention import probe_attention
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
-from manyhats.engine.model.quantized import keep_copy, kept_copy, quantization_config
+from manyhats.engine.model.quantized import (
+    keep_copy,
+    kept_copy,
+    quantization_config,
+    settle_cpu_layout,
+)
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
 from manyhats.errors import ConfigError
@@ -60,6 +65,7 @@ def load_base(settings: Settings) -> BaseModel:
         config = AutoConfig.from_pretrained(source, revision=settings.revision)
         digest = base_digest(config, source, settings)
         module = _load_module(settings, source, digest, dtype, device)
+        settle_cpu_layout(module, dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model: {source!r} cannot be loaded: {error}", param="model") from error
     base = wrap_base(

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -34,6 +35,19 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> dict[str, Any
             load_in_4bit=True, bnb_4bit_quant_type=kind.value, bnb_4bit_compute_dtype=dtype
         )
     }
+
+
+def settle_cpu_layout(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights where its CPU kernel would be wrong or would fail.
+
+    That kernel rounds activations to bf16 whatever their dtype, and takes only outputs that are a multiple of
+    32; elsewhere the weights are dequantized and multiplied in ``dtype``.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit) and (
+            dtype != torch.bfloat16 or module.out_features % 32 or module.in_features % 64
+        ):
+            module.support_avx512bf16_for_cpu = False
 
 
 def kept_copy(home: Path, digest: str) -> Path | None:

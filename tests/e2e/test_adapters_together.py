@@ -1,0 +1,103 @@
+"""32 streaming requests over the base and every demo adapter at the same time, held against PEFT itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+QUESTIONS = (
+    "What is a good way to spend a rainy afternoon?",
+    "How do I learn to cook?",
+    "Why is the sky blue?",
+    "Tell me about the moon.",
+    "What should I pack for a trip?",
+    "How can I sleep better?",
+)
+REQUESTS = 32
+NEW_TOKENS = 24
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def names(repository) -> list[str | None]:
+    folders = sorted(p.name for p in (repository / "examples" / "adapters").iterdir() if p.is_dir())
+    assert 4 <= len(folders) <= 6
+    return [None, *folders]
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_path, repository, names) -> dict[tuple[str | None, str], list[int]]:
+    """PEFT's own greedy tokens in fp32, each request alone."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    base = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32)
+    folder = repository / "examples" / "adapters"
+    model = PeftModel.from_pretrained(base, folder / names[1], adapter_name=names[1])
+    for name in names[2:]:
+        model.load_adapter(folder / name, adapter_name=name)
+    found = {}
+    for index in range(REQUESTS):
+        name, question = names[index % len(names)], QUESTIONS[index % len(QUESTIONS)]
+        if (name, question) in found:
+            continue
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt",
+            return_dict=True,
+        )["input_ids"]
+        arguments = {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+        }
+        if name is None:
+            with model.disable_adapter():
+                out = model.generate(**arguments)
+        else:
+            model.set_adapter(name)
+            out = model.generate(**arguments)
+        found[name, question] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return found
+
+
+async def ask(client: openai.AsyncOpenAI, model: str, question: str) -> str:
+    stream = await client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0,
+        max_tokens=NEW_TOKENS, stream=True,
+    )
+    return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+
+
+async def ask_all(server, names) -> list[str]:
+    async with openai.AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
+        base = [m.id async for m in await client.models.list()][0]
+        return await asyncio.gather(
+            *(
+                ask(client, names[i % len(names)] or base, QUESTIONS[i % len(QUESTIONS)])
+                for i in range(REQUESTS)
+            )
+        )
+
+
+def test_each_of_32_equals_peft_alone(server, names, expected):
+    together = asyncio.run(ask_all(server, names))
+    wanted = [expected[names[i % len(names)], QUESTIONS[i % len(QUESTIONS)]] for i in range(REQUESTS)]
+    assert together == wanted
+    # The adapters do something: to the same question, everybody has an answer of their own.
+    assert len(set(wanted)) > len(QUESTIONS) * 2
+
+
+def test_each_equals_itself_alone(server, names, expected):
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
+        base = client.models.list().data[0].id
+        for name in names:
+            answer = client.chat.completions.create(
+                model=name or base, messages=[{"role": "user", "content": QUESTIONS[0]}],
+                temperature=0, max_tokens=NEW_TOKENS,
+            )
+            wanted = expected.get((name, QUESTIONS[0]))
+            if wanted is not None:
+                assert answer.choices[0].message.content == wanted

@@ -1,0 +1,155 @@
+"""The process itself: disconnects, full queues, many adapters in few slots, and a drained end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+from support.random_lora import write_random_lora
+from support.server import running_server
+
+pytestmark = pytest.mark.e2e
+
+
+def until(condition, timeout: float = 30.0) -> None:
+    """Polls what can only be seen from outside."""
+    give_up = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
+        time.sleep(0.05)
+
+
+def at_rest(server) -> bool:
+    metrics = server.metrics()
+    return (
+        metrics["vllm:num_requests_running", ()] == metrics["vllm:num_requests_waiting", ()] == 0
+        and metrics["vllm:kv_cache_usage_perc", ()] == 0
+    )
+
+
+def test_a_disconnect_frees_blocks_and_lease(server):
+    base = httpx.get(f"{server.base_url}/v1/models").json()["data"][0]["id"]
+    body = {
+        "model": "pirate", "prompt": "Tell me everything", "max_tokens": 4000, "stream": True, "ignore_eos": True,
+    }
+    with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        assert server.value("vllm:kv_cache_usage_perc") > 0
+    until(lambda: at_rest(server))
+    cache = httpx.get(f"{server.base_url}/admin/cache").json()
+    assert [r["leases"] for r in cache["device"]["resident"] if r["adapter"].startswith("pirate")] == [0]
+    assert base
+
+
+def test_a_full_queue_is_a_429(server):
+    async def flood() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(limits=limits, timeout=300) as client:
+            body = {"model": "pirate", "prompt": list(range(50, 350)), "max_tokens": 1, "n": 16}
+            return await asyncio.gather(
+                *(client.post(f"{server.base_url}/v1/completions", json=body) for _ in range(24))
+            )
+
+    responses = asyncio.run(flood())
+    statuses = {r.status_code for r in responses}
+    assert statuses == {200, 429}
+    refused = next(r for r in responses if r.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+    until(lambda: at_rest(server))
+
+
+def test_a_body_over_the_bound_is_refused_before_it_is_read(server):
+    host, port = server.base_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 900000000\r\n\r\n{"
+        )
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+@pytest.fixture(scope="module")
+def tiny_slots(smollm2_path, tmp_path_factory):
+    """A server with 8 slots and 200 adapters of mixed ranks in a folder."""
+    home, root = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("adapters")
+    for index in range(200):
+        rank = 1 + index % 4
+        write_random_lora(root / f"a{index:03}", smollm2_path, rank=rank, targets=("q_proj", "v_proj"), seed=index)
+    with running_server(
+        home, "--model", str(smollm2_path), "--quantization", "none", "--dtype", "fp32", "--slots", "8",
+        "--max-rank", "4", "--host-cache-mb", "8", "--kv-cache-mb", "512", "--adapter-root", str(root),
+        "--register-roots",
+    ) as running:
+        yield running
+
+
+def test_200_adapters_over_8_slots(tiny_slots):
+    """500 requests, adapters chosen by Zipf's law; every answer is the adapter's own, and nothing leaks."""
+    rng = np.random.default_rng(5)
+    weights = 1 / np.arange(1, 201) ** 1.1
+    chosen = [f"a{i:03}" for i in rng.choice(200, size=500, p=weights / weights.sum())]
+    body = {"prompt": "Once upon a time there was", "max_tokens": 4, "temperature": 0, "logprobs": 0}
+
+    def answer(response: httpx.Response) -> tuple[str, tuple[float, ...]]:
+        assert response.status_code == 200, response.text
+        choice = response.json()["choices"][0]
+        return choice["text"], tuple(choice["logprobs"]["token_logprobs"])
+
+    async def run() -> list[httpx.Response]:
+        gate = asyncio.Semaphore(32)
+        async with httpx.AsyncClient(timeout=300) as client:
+
+            async def one(name: str) -> httpx.Response:
+                async with gate:
+                    return await client.post(
+                        f"{tiny_slots.base_url}/v1/completions", json={"model": name, **body}
+                    )
+
+            return await asyncio.gather(*(one(name) for name in chosen))
+
+    responses = asyncio.run(run())
+    seen: dict[str, list[tuple[str, tuple[float, ...]]]] = {}
+    for name, response in zip(chosen, responses, strict=True):
+        assert response.headers["x-manyhats-served-by"] == f"{name}@1"
+        seen.setdefault(name, []).append(answer(response))
+    for name, answers in seen.items():
+        alone = answer(
+            httpx.post(f"{tiny_slots.base_url}/v1/completions", json={"model": name, **body}, timeout=60)
+        )
+        for text, scores in answers:
+            assert text == alone[0], name
+            assert scores == pytest.approx(alone[1], abs=2e-4), name
+    # Each adapter moves the numbers in its own way, so a mix-up would have shown.
+    assert len({round(a[0][1][0], 5) for a in seen.values()}) > 0.9 * len(seen)
+
+    until(lambda: at_rest(tiny_slots))
+    cache = httpx.get(f"{tiny_slots.base_url}/admin/cache").json()
+    assert len(cache["device"]["resident"]) <= 8
+    assert all(r["leases"] == 0 for r in cache["device"]["resident"])
+    assert cache["host"]["bytes_used"] <= 8 << 20
+    assert tiny_slots.total("manyhats_adapter_evictions_total", tier="device") > 0
+
+    for name in {f"a{i:03}" for i in range(200)}:
+        assert httpx.delete(f"{tiny_slots.base_url}/admin/adapters/{name}").status_code == 200
+    until(lambda: httpx.get(f"{tiny_slots.base_url}/admin/cache").json()["host"]["bytes_used"] == 0)
+    device = httpx.get(f"{tiny_slots.base_url}/admin/cache").json()["device"]
+    assert (device["slots_used"], device["rows_used"]) == (0, 0)
+
+
+def test_sigterm_lets_running_requests_end(smollm2_path, tmp_path):
+    flags = ("--model", str(smollm2_path), "--quantization", "none", "--kv-cache-mb", "256")
+    with running_server(tmp_path, *flags) as server:
+        body = {"model": smollm2_path.name, "prompt": "Hello", "max_tokens": 24, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=120) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert server.process.wait(60) == 0

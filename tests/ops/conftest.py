@@ -1,0 +1,32 @@
+"""The backends that this machine has, each built once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from manyhats_kernels import Backend, resolve
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the suite keeps its compiled kernels, so that they are compiled once."""
+    return tmp_path_factory.getbasetemp() / "native"
+
+
+@pytest.fixture(scope="session", params=["reference", "torch", "native"])
+def backend(request: pytest.FixtureRequest, native_cache: Path) -> Backend:
+    """Every backend in turn; a C compiler is a requirement of the test suite."""
+    if request.param == "native":
+        assert shutil.which("cc"), "the suite needs a C compiler"
+    return resolve(request.param, device=torch.device("cpu"), cache_dir=native_cache).backend
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

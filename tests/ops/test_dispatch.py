@@ -1,0 +1,102 @@
+"""Backends by name, and what is said of one that cannot work here."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from manyhats_kernels import Backend, BackendUnavailableError, dispatch, resolve
+from manyhats_kernels.native import build as native_build
+
+CPU = torch.device("cpu")
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_every_backend_keeps_the_protocol(backend):
+    assert isinstance(backend, Backend)
+    assert backend.kv_cache_shape(5, 16, 3, 64) == (5, 3, 16, 64)
+
+
+def test_auto_takes_the_native_backend_and_says_so(native_cache):
+    resolved = resolve("auto", device=CPU, cache_dir=native_cache)
+    assert (resolved.backend.name, resolved.requested) == ("native", "auto")
+    assert resolved.reason
+
+
+def test_auto_without_a_compiler_falls_back_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    resolved = resolve("auto", device=CPU, cache_dir=tmp_path)
+    assert resolved.backend.name == "torch"
+    assert "no cc was found" in resolved.reason
+    with pytest.raises(BackendUnavailableError, match="no cc was found"):
+        resolve("native", device=CPU, cache_dir=tmp_path)
+
+
+def test_auto_on_another_device(tmp_path):
+    resolved = resolve("auto", device=torch.device("cuda"), cache_dir=tmp_path)
+    assert resolved.backend.name == "torch"
+    assert "cuda" in resolved.reason
+    with pytest.raises(BackendUnavailableError, match="not on cuda"):
+        resolve("native", device=torch.device("cuda"), cache_dir=tmp_path)
+
+
+def test_triton_is_refused(tmp_path):
+    with pytest.raises(BackendUnavailableError, match="no Triton backend is built"):
+        resolve("triton", device=CPU, cache_dir=tmp_path)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=", ".join(dispatch.NAMES)):
+        resolve("fast", device=CPU, cache_dir=tmp_path)
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path):
+    compiler = script(
+        tmp_path / "cc", '[ "$1" = --version ] && exit 0\necho "cannot make vectors" >&2; exit 3'
+    )
+    cache = tmp_path / "cache"
+    with pytest.raises(BackendUnavailableError, match=r"(?s)status 3.*cannot make vectors"):
+        native_build.build(compiler, cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_compiler_that_cannot_run(tmp_path):
+    with pytest.raises(BackendUnavailableError, match="did not run"):
+        native_build.build(str(tmp_path / "missing"), tmp_path)
+
+
+def test_a_library_that_cannot_be_loaded(tmp_path):
+    compiler = script(
+        tmp_path / "cc",
+        '[ "$1" = --version ] && exit 0\nfor last; do :; done\necho garbage > "$last"',
+    )
+    with pytest.raises(BackendUnavailableError, match="cannot load"):
+        native_build.load(native_build.build(compiler, tmp_path))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackendUnavailableError, match="cannot keep native code"):
+        native_build.build("cc", tmp_path / "file" / "cache")
+
+
+def test_the_library_is_compiled_once_and_anew_by_another_compiler(tmp_path):
+    log = tmp_path / "log"
+    text = 'if [ "$1" = --version ]; then echo "{version}"; exit 0; fi\n'
+    text += f'echo run >> {log}\nfor last; do :; done\necho made > "$last"'
+    compiler = script(tmp_path / "cc", text.replace("{version}", "1"))
+    first = native_build.build(compiler, tmp_path / "cache")
+    assert native_build.build(compiler, tmp_path / "cache") == first
+    assert log.read_text() == "run\n"
+    script(tmp_path / "cc", text.replace("{version}", "2"))
+    assert native_build.build(compiler, tmp_path / "cache") != first
+    assert log.read_text() == "run\nrun\n"
