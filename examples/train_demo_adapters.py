@@ -94,7 +94,7 @@ def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
     return float(completion_loss(model, examples))
 
 
-def both_roundings(model: Any) -> list[tuple[torch.nn.Parameter, tuple[torch.Tensor, ...]]]:
+def both_roundings(model: Any) -> list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
     """Every linear weight of the blocks, with its value as it is and as NF4 rounds it."""
     weights = []
     for module in model.get_base_model().model.modules():

@@ -69,16 +69,26 @@ def build(settings: Settings) -> Application:
     compile_folder = partial(_compile_folder, settings=settings, base=base)
     metrics = Metrics(settings.metrics_adapters)
     engine = build_engine(
-        settings, base, kernels, load_adapter=partial(load_adapter, store, compile_folder),
+        settings,
+        base,
+        kernels,
+        load_adapter=partial(load_adapter, store, compile_folder),
         observer=metrics,
     )
     adapters = AdapterService(
-        store=store, registry=registry,
-        compile_folder=compile_folder, residency=engine.residency or NoAdapters(), base_id=base.name,
-        roots=settings.adapter_root, max_bytes=settings.max_adapter_mb << 20,
+        store=store,
+        registry=registry,
+        compile_folder=compile_folder,
+        residency=engine.residency or NoAdapters(),
+        base_id=base.name,
+        roots=settings.adapter_root,
+        max_bytes=settings.max_adapter_mb << 20,
     )
     state = ApiState(
-        settings=settings, engine=engine.client, adapters=adapters, metrics=metrics,
+        settings=settings,
+        engine=engine.client,
+        adapters=adapters,
+        metrics=metrics,
         grammar=engine.grammars,
     )
     api = create_api(state, [admin.router])
@@ -87,7 +97,9 @@ def build(settings: Settings) -> Application:
 
 
 def serve(settings: Settings) -> None:
-    """Builds the server and runs it until SIGTERM or Ctrl-C; then drains within ``settings.drain_s``."""
+    """Builds the server and runs it until SIGTERM or Ctrl-C; then drains within
+    ``settings.drain_s``.
+    """
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
@@ -113,7 +125,9 @@ def register_roots(application: Application) -> None:
     for root in application.settings.adapter_root:
         for folder in sorted(p for p in root.iterdir() if (p / "adapter_config.json").is_file()):
             try:
-                application.adapters.register_folder(folder.name, str(folder), tenant=DEFAULT_TENANT)
+                application.adapters.register_folder(
+                    folder.name, str(folder), tenant=DEFAULT_TENANT
+                )
             except ManyhatsError as error:
                 logger.error("%s is not registered: %s", folder, error.message)
 
@@ -136,14 +150,20 @@ async def _lifespan(_app: FastAPI, *, engine: Engine, settings: Settings) -> Asy
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which announces its real address and turns away new requests while it drains."""
+    """uvicorn's server, which announces its real address and turns away new requests while it
+    drains.
+    """
 
     def __init__(self, application: Application) -> None:
         settings = application.settings
         super().__init__(
             uvicorn.Config(
-                application.api, host=settings.host, port=settings.port, log_config=None,
-                access_log=False, timeout_graceful_shutdown=max(1, math.ceil(settings.drain_s)),
+                application.api,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=max(1, math.ceil(settings.drain_s)),
                 timeout_keep_alive=75,
             )
         )
@@ -154,7 +174,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             port = self.servers[0].sockets[0].getsockname()[1]
-            announce(self._application.settings, port, self._application.engine.client, self._names())
+            announce(
+                self._application.settings, port, self._application.engine.client, self._names()
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; a second Ctrl-C stops at once, as uvicorn's."""

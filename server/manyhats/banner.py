@@ -18,22 +18,23 @@ def announce(settings: Settings, port: int, engine: EngineClient, adapters: Sequ
     sys.stdout.flush()
 
 
-def banner(
-    settings: Settings, address: str, engine: EngineClient, adapters: Sequence[str]
-) -> str:
+def banner(settings: Settings, address: str, engine: EngineClient, adapters: Sequence[str]) -> str:
     """The text of ``announce``."""
     model = engine.model
     keys = bool(settings.api_keys or settings.admin_api_keys)
     key = ' -H "Authorization: Bearer $MANYHATS_KEY"' if keys else ""
+    how = f"{model.quantization}, {model.dtype}, {model.device}, kernels: {model.kernel_backend}"
     open_door = "" if keys else "No API key is configured: only this machine can connect.\n"
-    shown = ", ".join(adapters[:12]) + (f" and {len(adapters) - 12} more" if len(adapters) > 12 else "")
+    shown = ", ".join(adapters[:12]) + (
+        f" and {len(adapters) - 12} more" if len(adapters) > 12 else ""
+    )
     chat = {
         "model": adapters[0] if adapters else model.id,
         "messages": [{"role": "user", "content": "What is a good way to spend a rainy afternoon?"}],
     }
     base = chat | {"model": model.id, "stream": True}
     return f"""
-Manyhats serves {model.id} ({model.quantization}, {model.dtype}, {model.device}, kernels: {model.kernel_backend}) at {address}
+Manyhats serves {model.id} ({how}) at {address}
 Adapters: {shown or "none yet"}
 {open_door}
 Try:

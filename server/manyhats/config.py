@@ -1,6 +1,7 @@
 """Every setting, typed and frozen. The only reader of the environment.
 
-Each field is a flag of ``manyhats serve`` (``--max-rank``) and a variable (``MANYHATS_MAX_RANK``); a flag wins.
+Each field is a flag of ``manyhats serve`` (``--max-rank``) and a variable (``MANYHATS_MAX_RANK``);
+a flag wins.
 """
 
 from __future__ import annotations
@@ -46,23 +47,31 @@ class Settings(BaseSettings):
     )
 
     home: Path = Field(
-        default=Path("~/.manyhats"), description="Folder for models, adapters, the registry and built kernels."
+        default=Path("~/.manyhats"),
+        description="Folder for models, adapters, the registry and built kernels.",
     )
     model: str = Field(
         default="default",
-        description="Base model: a local folder, a hub id, or 'default' (SmolLM2-135M-Instruct from PyPI).",
+        description="Base model: a local folder, a hub id, or 'default' (SmolLM2-135M-Instruct "
+        "from PyPI).",
     )
     model_name: str | None = Field(
-        default=None, description="Id under which the base is served; default: the folder's or hub id's name."
+        default=None,
+        description="Id under which the base is served; default: the folder's or hub id's name.",
     )
     revision: str | None = Field(default=None, description="Revision of a hub model.")
-    quantization: Quantization = Field(default=Quantization.NF4, description="Base weights' format.")
+    quantization: Quantization = Field(
+        default=Quantization.NF4, description="Base weights' format."
+    )
     dtype: Dtype = Field(default=Dtype.BF16, description="Activations, KV cache and adapters.")
     device: Device = Field(default=Device.AUTO, description="auto takes CUDA where it is present.")
     kernels: str = Field(
-        default="auto", description="Kernel backend by name (auto, reference, torch, native, triton)."
+        default="auto",
+        description="Kernel backend by name (auto, reference, torch, native, triton).",
     )
-    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads for the engine.")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads for the engine."
+    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
@@ -73,17 +82,24 @@ class Settings(BaseSettings):
         default=(), description="API keys with the user role (comma-separated in the environment)."
     )
     adapter_root: Annotated[tuple[Path, ...], NoDecode] = Field(
-        default=(), description="Folders that adapters may be registered from (':'-separated in the environment)."
+        default=(),
+        description="Folders that adapters may be registered from (':'-separated in the "
+        "environment).",
     )
     register_roots: bool = Field(
         default=False,
-        description="Register every adapter folder found directly under the adapter roots at start-up.",
+        description="Register every adapter folder found directly under the adapter roots at "
+        "start-up.",
     )
 
-    slots: int = Field(default=32, ge=1, le=4096, description="Adapters resident on the device at once.")
+    slots: int = Field(
+        default=32, ge=1, le=4096, description="Adapters resident on the device at once."
+    )
     max_rank: int = Field(default=64, ge=1, le=1024, description="Largest LoRA rank accepted.")
     pool_rows: int | None = Field(
-        default=None, ge=1, description="Rank rows per site on the device; default max(16 * slots, max_rank)."
+        default=None,
+        ge=1,
+        description="Rank rows per site on the device; default max(16 * slots, max_rank).",
     )
     host_cache_mb: int = Field(default=1024, ge=1, description="Host tier for adapters, MiB.")
     max_adapter_mb: int = Field(default=512, ge=1, description="Largest adapter accepted, MiB.")
@@ -91,27 +107,44 @@ class Settings(BaseSettings):
 
     adapter_layers: bool = Field(
         default=True,
-        description="Build the adapter layers; without them only the base is served (to measure what they cost).",
+        description="Build the adapter layers; without them only the base is served (to measure "
+        "what they cost).",
     )
-    max_context: int | None = Field(default=None, ge=16, description="Context bound, tokens; default the model's.")
-    kv_cache_mb: int | None = Field(default=None, ge=1, description="KV cache, MiB; default derived from free memory.")
+    max_context: int | None = Field(
+        default=None, ge=16, description="Context bound, tokens; default the model's."
+    )
+    kv_cache_mb: int | None = Field(
+        default=None, ge=1, description="KV cache, MiB; default derived from free memory."
+    )
     kv_cache_blocks: int | None = Field(
         default=None, ge=1, description="KV cache, blocks; takes the place of kv_cache_mb."
     )
     block_size: int = Field(default=16, ge=1, le=256, description="Tokens in a KV block.")
-    prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prefixes (same adapter, same tenant).")
+    prefix_cache: bool = Field(
+        default=True, description="Reuse KV blocks of equal prefixes (same adapter, same tenant)."
+    )
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="Sequences in one step.")
-    max_step_tokens: int = Field(default=512, ge=1, description="Tokens in one step (prefill is cut into chunks).")
+    max_step_tokens: int = Field(
+        default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
+    )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
 
     max_body_kb: int = Field(default=1024, ge=1, description="JSON body bound, KiB.")
     max_n: int = Field(default=16, ge=1, description="Bound of n.")
-    max_stops: int = Field(default=8, ge=1, description="Bound of stop strings (and of each one's length: 256).")
+    max_stops: int = Field(
+        default=8, ge=1, description="Bound of stop strings (and of each one's length: 256)."
+    )
     max_logprobs: int = Field(default=20, ge=0, description="Bound of logprobs / top_logprobs.")
-    default_max_tokens: int = Field(default=256, ge=1, description="max_tokens of a chat request that names none.")
-    drain_s: float = Field(default=30.0, ge=0, description="Seconds that SIGTERM waits for running requests.")
+    default_max_tokens: int = Field(
+        default=256, ge=1, description="max_tokens of a chat request that names none."
+    )
+    drain_s: float = Field(
+        default=30.0, ge=0, description="Seconds that SIGTERM waits for running requests."
+    )
     metrics_adapters: int = Field(
-        default=200, ge=1, description="Adapters with a label of their own in /metrics; the rest are 'other'."
+        default=200,
+        ge=1,
+        description="Adapters with a label of their own in /metrics; the rest are 'other'.",
     )
     log_level: str = Field(default="info", description="debug, info, warning, error.")
 

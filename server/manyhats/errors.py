@@ -2,25 +2,23 @@
 
 ::
 
-    ManyhatsError
-    ├── ConfigError                   500  bad_configuration      a setting is wrong; the server does not start
-    ├── RequestError                  400  invalid_request        the caller's mistake; `param` names the field
-    │   ├── ContextLengthError        400  context_length_exceeded
-    │   ├── BodyTooLargeError         413  body_too_large
-    │   ├── ContentTypeError          415  unsupported_content_type
-    │   ├── AuthenticationError       401  invalid_api_key
-    │   ├── PermissionDeniedError     403  permission_denied
-    │   ├── ModelNotFoundError        404  model_not_found
-    │   ├── AdapterRejectedError      400  adapter_rejected       `reason` is the machine-readable code
-    │   └── ConflictError             409  conflict
-    └── ServiceError                  503  service_unavailable    the server's state; `retryable` is true
-        ├── QueueFullError            429  queue_full             `retry_after_s` becomes Retry-After
-        ├── DrainingError             503  draining
-        ├── AdapterLoadError          503  adapter_load_failed    this adapter alone cannot be loaded
-        └── EngineFailedError         500  engine_failed          the step that held the request failed
+    ManyhatsError ├── ConfigError                   500  bad_configuration      a setting is wrong;
+    the server does not start ├── RequestError                  400  invalid_request        the
+    caller's mistake; `param` names the field │   ├── ContextLengthError        400
+    context_length_exceeded │   ├── BodyTooLargeError         413  body_too_large │   ├──
+    ContentTypeError          415  unsupported_content_type │   ├── AuthenticationError       401
+    invalid_api_key │   ├── PermissionDeniedError     403  permission_denied │   ├──
+    ModelNotFoundError        404  model_not_found │   ├── AdapterRejectedError      400
+    adapter_rejected       `reason` is the machine-readable code │   └── ConflictError 409  conflict
+    └── ServiceError                  503  service_unavailable    the server's state; `retryable` is
+    true
+        ├── QueueFullError            429  queue_full             `retry_after_s` becomes
+        Retry-After ├── DrainingError             503  draining ├── AdapterLoadError          503
+        adapter_load_failed    this adapter alone cannot be loaded └── EngineFailedError         500
+        engine_failed          the step that held the request failed
 
-A class carries its HTTP status, its code, whether the same call may succeed later, and the ``type`` of
-OpenAI's error shape. ``message`` is written for the caller: it names the field and the bound.
+A class carries its HTTP status, its code, whether the same call may succeed later, and the ``type``
+of OpenAI's error shape. ``message`` is written for the caller: it names the field and the bound.
 """
 
 from __future__ import annotations
@@ -111,9 +109,10 @@ class ConflictError(RequestError):
 class AdapterRejectedError(RequestError):
     """An adapter that cannot be served exactly, with the reason.
 
-    ``reason`` is a stable machine-readable code such as ``unsupported_family``, ``no_module_matched``,
-    ``unused_tensors``, ``missing_tensors``, ``shape_mismatch``, ``non_finite``, ``bad_header``, ``bad_config``,
-    ``too_large``, ``rank_too_large``, ``unsupported_dtype``, ``path_not_allowed``, ``missing_file``.
+    ``reason`` is a stable machine-readable code such as ``unsupported_family``,
+    ``no_module_matched``, ``unused_tensors``, ``missing_tensors``, ``shape_mismatch``,
+    ``non_finite``, ``bad_header``, ``bad_config``, ``too_large``, ``rank_too_large``,
+    ``unsupported_dtype``, ``path_not_allowed``, ``missing_file``.
     """
 
     code = "adapter_rejected"

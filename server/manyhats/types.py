@@ -41,7 +41,7 @@ class GrammarKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """A validated output constraint. ``schema`` is the JSON text of the schema (JSON_SCHEMA only)."""
+    """A valid output constraint. ``schema`` is the JSON text of the schema, if any."""
 
     kind: GrammarKind
     schema: str | None = None
@@ -51,10 +51,10 @@ class GrammarSpec:
 class SamplingParams:
     """How one sequence is sampled. Set by the API after validation; never changed.
 
-    ``seed`` is always set (the API draws one where the caller gave none). ``logprobs`` is the number of
-    alternatives wanted beside the chosen token (0: the chosen one's alone), None: none at all;
-    ``prompt_logprobs`` likewise for the prompt's tokens. Log-probabilities are of the model's own
-    distribution, before temperature, penalties, bias and filters.
+    ``seed`` is always set (the API draws one where the caller gave none). ``logprobs`` is the
+    number of alternatives wanted beside the chosen token (0: the chosen one's alone), None: none at
+    all; ``prompt_logprobs`` likewise for the prompt's tokens. Log-probabilities are of the model's
+    own distribution, before temperature, penalties, bias and filters.
     """
 
     max_tokens: int
@@ -80,8 +80,8 @@ class SamplingParams:
 class GenerationRequest:
     """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
 
-    ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare base.
-    ``arrival`` is in seconds of the monotonic clock.
+    ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare
+    base. ``arrival`` is in seconds of the monotonic clock.
     """
 
     request_id: str
@@ -93,7 +93,9 @@ class GenerationRequest:
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended. ``value`` is what the API shows (ERROR and ABORT never reach a success)."""
+    """Why a sequence ended. ``value`` is what the API shows (ERROR and ABORT never reach a
+    success).
+    """
 
     STOP = "stop"
     LENGTH = "length"
@@ -114,10 +116,11 @@ class TokenLogprob:
 class OutputDelta:
     """What one step added to one choice of a request. Sent by the engine, consumed by the API.
 
-    ``text`` holds only what can no longer change (a possible start of a stop string or of a UTF-8 sequence
-    is held back), so ``token_ids`` and ``text`` of a single delta need not correspond; their sums do.
-    ``prompt_logprobs`` comes once, with the first delta of a choice that asked for it; its first entry is None.
-    ``cached_tokens`` is how many prompt tokens the prefix cache served.
+    ``text`` holds only what can no longer change (a possible start of a stop string or of a UTF-8
+    sequence is held back), so ``token_ids`` and ``text`` of a single delta need not correspond;
+    their sums do. ``prompt_logprobs`` comes once, with the first delta of a choice that asked for
+    it; its first entry is None. ``cached_tokens`` is how many prompt tokens the prefix cache
+    served.
     """
 
     request_id: str
@@ -143,13 +146,14 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
-    Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``, ``params``,
-    ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a copy of the prompt; the loop appends outputs).
-    Set by the scheduler: ``status``, ``slot`` (the adapter's slot while admitted, BASE_SLOT for the base),
-    ``num_computed`` (tokens whose keys and values are in the cache once the scheduled step has run),
-    ``num_cached`` (of the prompt, served by the prefix cache at the last admission), ``preemptions``.
-    Set by the block manager: ``block_ids`` (cache blocks in order), ``block_hashes`` (chain of full blocks).
-    Set by the loop: ``first_token_at``, ``last_token_at`` (seconds, monotonic).
+    Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
+    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a copy of the prompt; the
+    loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
+    admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
+    cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
+    cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
+    blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``first_token_at``,
+    ``last_token_at`` (seconds, monotonic).
     """
 
     id: int

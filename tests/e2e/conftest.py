@@ -10,7 +10,17 @@ from support.server import demo_flags, running_server
 def server(smollm2_path, repository, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with running_server(
-        home, "--model", str(smollm2_path), "--quantization", "none", "--dtype", "fp32",
-        "--kv-cache-mb", "1024", "--max-queue", "64", *demo_flags(repository),
+        home,
+        "--model",
+        str(smollm2_path),
+        "--quantization",
+        "none",
+        "--dtype",
+        "fp32",
+        "--kv-cache-mb",
+        "1024",
+        "--max-queue",
+        "64",
+        *demo_flags(repository),
     ) as running:
         yield running

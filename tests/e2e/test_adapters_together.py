@@ -1,4 +1,6 @@
-"""32 streaming requests over the base and every demo adapter at the same time, held against PEFT itself."""
+"""32 streaming requests over the base and every demo adapter at the same time, held against PEFT
+itself.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,14 @@ QUESTIONS = (
     "How can I sleep better?",
 )
 REQUESTS = 32
-NEW_TOKENS = 24
+NEW_TOKENS = 20
 
 pytestmark = pytest.mark.e2e
+
+
+def pair(index: int, names: list[str | None]) -> tuple[str | None, str]:
+    """Who answers what in request ``index``: 32 different pairs."""
+    return names[index % len(names)], QUESTIONS[index // len(names) % len(QUESTIONS)]
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +49,19 @@ def expected(smollm2_path, repository, names) -> dict[tuple[str | None, str], li
         model.load_adapter(folder / name, adapter_name=name)
     found = {}
     for index in range(REQUESTS):
-        name, question = names[index % len(names)], QUESTIONS[index % len(QUESTIONS)]
+        name, question = pair(index, names)
         if (name, question) in found:
             continue
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt",
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
             return_dict=True,
         )["input_ids"]
         arguments = {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": NEW_TOKENS,
             "do_sample": False,
         }
         if name is None:
@@ -65,29 +76,32 @@ def expected(smollm2_path, repository, names) -> dict[tuple[str | None, str], li
 
 async def ask(client: openai.AsyncOpenAI, model: str, question: str) -> str:
     stream = await client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], temperature=0,
-        max_tokens=NEW_TOKENS, stream=True,
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        stream=True,
     )
     return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
 
 
 async def ask_all(server, names) -> list[str]:
     async with openai.AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none") as client:
-        base = [m.id async for m in await client.models.list()][0]
+        base = (await client.models.list()).data[0].id
         return await asyncio.gather(
             *(
-                ask(client, names[i % len(names)] or base, QUESTIONS[i % len(QUESTIONS)])
-                for i in range(REQUESTS)
+                ask(client, name or base, question)
+                for name, question in (pair(i, names) for i in range(REQUESTS))
             )
         )
 
 
 def test_each_of_32_equals_peft_alone(server, names, expected):
     together = asyncio.run(ask_all(server, names))
-    wanted = [expected[names[i % len(names)], QUESTIONS[i % len(QUESTIONS)]] for i in range(REQUESTS)]
+    wanted = [expected[pair(i, names)] for i in range(REQUESTS)]
     assert together == wanted
     # The adapters do something: to the same question, everybody has an answer of their own.
-    assert len(set(wanted)) > len(QUESTIONS) * 2
+    assert len(set(wanted)) == REQUESTS
 
 
 def test_each_equals_itself_alone(server, names, expected):
@@ -95,9 +109,9 @@ def test_each_equals_itself_alone(server, names, expected):
         base = client.models.list().data[0].id
         for name in names:
             answer = client.chat.completions.create(
-                model=name or base, messages=[{"role": "user", "content": QUESTIONS[0]}],
-                temperature=0, max_tokens=NEW_TOKENS,
+                model=name or base,
+                messages=[{"role": "user", "content": QUESTIONS[0]}],
+                temperature=0,
+                max_tokens=NEW_TOKENS,
             )
-            wanted = expected.get((name, QUESTIONS[0]))
-            if wanted is not None:
-                assert answer.choices[0].message.content == wanted
+            assert answer.choices[0].message.content == expected[name, QUESTIONS[0]]

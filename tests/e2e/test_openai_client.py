@@ -38,8 +38,12 @@ def test_completion_and_stream_agree(client, base):
 
 def test_chat_with_logprobs(client, base):
     answer = client.chat.completions.create(
-        model=base, messages=[{"role": "user", "content": "Say hello."}], max_tokens=5, temperature=0,
-        logprobs=True, top_logprobs=3,
+        model=base,
+        messages=[{"role": "user", "content": "Say hello."}],
+        max_tokens=5,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
     )
     content = answer.choices[0].logprobs.content
     assert len(content) == answer.usage.completion_tokens
@@ -51,7 +55,12 @@ def test_chat_with_logprobs(client, base):
 
 def test_n_choices_with_a_seed_repeat(client, base):
     arguments = {
-        "model": base, "prompt": "Once upon a time", "max_tokens": 8, "n": 3, "temperature": 1.0, "seed": 7,
+        "model": base,
+        "prompt": "Once upon a time",
+        "max_tokens": 8,
+        "n": 3,
+        "temperature": 1.0,
+        "seed": 7,
     }
     first, second = (client.completions.create(**arguments) for _ in range(2))
     texts = [c.text for c in first.choices]
@@ -64,7 +73,9 @@ def test_stop_string_across_tokens(client, base):
     free = client.completions.create(model=base, prompt=PROMPT, max_tokens=20, temperature=0)
     text = free.choices[0].text
     stop = text[9:14]  # cuts through tokens
-    cut = client.completions.create(model=base, prompt=PROMPT, max_tokens=20, temperature=0, stop=[stop])
+    cut = client.completions.create(
+        model=base, prompt=PROMPT, max_tokens=20, temperature=0, stop=[stop]
+    )
     assert cut.choices[0].text == text[: text.find(stop)]
     assert cut.choices[0].finish_reason == "stop"
 
@@ -77,8 +88,11 @@ def test_json_schema_is_obeyed(client, base):
         "additionalProperties": False,
     }
     answer = client.chat.completions.create(
-        model=base, messages=[{"role": "user", "content": "Describe Paris."}], max_tokens=80,
-        temperature=1.0, seed=3,
+        model=base,
+        messages=[{"role": "user", "content": "Describe Paris."}],
+        max_tokens=80,
+        temperature=1.0,
+        seed=3,
         response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
     )
     value = json.loads(answer.choices[0].message.content)
@@ -99,7 +113,8 @@ def test_echo_scores_the_prompt(client, base):
 def test_token_ids_as_prompt_and_cached_tokens(client, base):
     prompt = list(range(100, 180))
     first, second = (
-        client.completions.create(model=base, prompt=prompt, max_tokens=2, temperature=0) for _ in range(2)
+        client.completions.create(model=base, prompt=prompt, max_tokens=2, temperature=0)
+        for _ in range(2)
     )
     assert first.usage.prompt_tokens == 80
     assert second.usage.prompt_tokens_details.cached_tokens == 64

@@ -35,14 +35,22 @@ def at_rest(server) -> bool:
 def test_a_disconnect_frees_blocks_and_lease(server):
     base = httpx.get(f"{server.base_url}/v1/models").json()["data"][0]["id"]
     body = {
-        "model": "pirate", "prompt": "Tell me everything", "max_tokens": 4000, "stream": True, "ignore_eos": True,
+        "model": "pirate",
+        "prompt": "Tell me everything",
+        "max_tokens": 4000,
+        "stream": True,
+        "ignore_eos": True,
     }
-    with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=60) as response:
+    with httpx.stream(
+        "POST", f"{server.base_url}/v1/completions", json=body, timeout=60
+    ) as response:
         next(response.iter_lines())
         assert server.value("vllm:kv_cache_usage_perc") > 0
     until(lambda: at_rest(server))
     cache = httpx.get(f"{server.base_url}/admin/cache").json()
-    assert [r["leases"] for r in cache["device"]["resident"] if r["adapter"].startswith("pirate")] == [0]
+    assert [
+        r["leases"] for r in cache["device"]["resident"] if r["adapter"].startswith("pirate")
+    ] == [0]
     assert base
 
 
@@ -80,21 +88,45 @@ def tiny_slots(smollm2_path, tmp_path_factory):
     home, root = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("adapters")
     for index in range(200):
         rank = 1 + index % 4
-        write_random_lora(root / f"a{index:03}", smollm2_path, rank=rank, targets=("q_proj", "v_proj"), seed=index)
+        write_random_lora(
+            root / f"a{index:03}", smollm2_path, rank=rank, targets=("q_proj", "v_proj"), seed=index
+        )
     with running_server(
-        home, "--model", str(smollm2_path), "--quantization", "none", "--dtype", "fp32", "--slots", "8",
-        "--max-rank", "4", "--host-cache-mb", "8", "--kv-cache-mb", "512", "--adapter-root", str(root),
+        home,
+        "--model",
+        str(smollm2_path),
+        "--quantization",
+        "none",
+        "--dtype",
+        "fp32",
+        "--slots",
+        "8",
+        "--max-rank",
+        "4",
+        "--host-cache-mb",
+        "8",
+        "--kv-cache-mb",
+        "512",
+        "--adapter-root",
+        str(root),
         "--register-roots",
     ) as running:
         yield running
 
 
 def test_200_adapters_over_8_slots(tiny_slots):
-    """500 requests, adapters chosen by Zipf's law; every answer is the adapter's own, and nothing leaks."""
+    """500 requests, adapters chosen by Zipf's law; every answer is the adapter's own, and nothing
+    leaks.
+    """
     rng = np.random.default_rng(5)
     weights = 1 / np.arange(1, 201) ** 1.1
     chosen = [f"a{i:03}" for i in rng.choice(200, size=500, p=weights / weights.sum())]
-    body = {"prompt": "Once upon a time there was", "max_tokens": 4, "temperature": 0, "logprobs": 0}
+    body = {
+        "prompt": "Once upon a time there was",
+        "max_tokens": 4,
+        "temperature": 0,
+        "logprobs": 0,
+    }
 
     def answer(response: httpx.Response) -> tuple[str, tuple[float, ...]]:
         assert response.status_code == 200, response.text
@@ -120,7 +152,9 @@ def test_200_adapters_over_8_slots(tiny_slots):
         seen.setdefault(name, []).append(answer(response))
     for name, answers in seen.items():
         alone = answer(
-            httpx.post(f"{tiny_slots.base_url}/v1/completions", json={"model": name, **body}, timeout=60)
+            httpx.post(
+                f"{tiny_slots.base_url}/v1/completions", json={"model": name, **body}, timeout=60
+            )
         )
         for text, scores in answers:
             assert text == alone[0], name
@@ -145,8 +179,16 @@ def test_200_adapters_over_8_slots(tiny_slots):
 def test_sigterm_lets_running_requests_end(smollm2_path, tmp_path):
     flags = ("--model", str(smollm2_path), "--quantization", "none", "--kv-cache-mb", "256")
     with running_server(tmp_path, *flags) as server:
-        body = {"model": smollm2_path.name, "prompt": "Hello", "max_tokens": 24, "stream": True, "ignore_eos": True}
-        with httpx.stream("POST", f"{server.base_url}/v1/completions", json=body, timeout=120) as response:
+        body = {
+            "model": smollm2_path.name,
+            "prompt": "Hello",
+            "max_tokens": 24,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        with httpx.stream(
+            "POST", f"{server.base_url}/v1/completions", json=body, timeout=120
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)

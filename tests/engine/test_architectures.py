@@ -1,4 +1,6 @@
-"""Greedy tokens equal transformers' own ``generate`` in fp32, for every architecture and every way of batching."""
+"""Greedy tokens equal transformers' own ``generate`` in fp32, for every architecture and every way
+of batching.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def prompts(seed: int = 3) -> list[list[int]]:
 def case(request):
     model = tiny_model(request.param)
     expected = [greedy(model, p, NEW_TOKENS) for p in prompts()]
-    assert len({tuple(e) for e in expected}) == len(expected), "the model says the same to every prompt"
+    assert len({tuple(e) for e in expected}) == len(expected), (
+        "the model says the same to every prompt"
+    )
     return base_of(copy.deepcopy(model), tiny_tokenizer()), expected
 
 
@@ -60,6 +64,8 @@ def test_stops_at_the_models_end_of_sequence(tmp_path):
     prompt = prompts()[3]
     free = greedy(model, prompt, NEW_TOKENS)
     with LocalEngine(base_of(copy.deepcopy(model), tiny_tokenizer()), tmp_path) as engine:
-        (output,) = engine.generate([prompt], params(NEW_TOKENS, stop_token_ids=frozenset({free[4]})))
+        (output,) = engine.generate(
+            [prompt], params(NEW_TOKENS, stop_token_ids=frozenset({free[4]}))
+        )
     assert output.token_ids == free[: free.index(free[4]) + 1]
     assert output.finish_reason.value == "stop"

@@ -1,7 +1,9 @@
-"""Adapters over the NF4 base: as exact as PEFT over the same dequantized weights, alone and together.
+"""Adapters over the NF4 base: as exact as PEFT over the same dequantized weights, alone and
+together.
 
-The yardstick is PEFT in fp32 over bitsandbytes' own dequantized weights. PEFT in bf16 over them shows what the dtype's
-rounding is; the engine, which computes in bf16 too, may be off by no more than a small multiple of it.
+The yardstick is PEFT in fp32 over bitsandbytes' own dequantized weights. PEFT in bf16 over them
+shows what the dtype's rounding is; the engine, which computes in bf16 too, may be off by no more
+than a small multiple of it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ def adapters(base, repository):
             found[folder.name] = compile_adapter(
                 read_config_file(folder / "adapter_config.json", limits),
                 read_weights(folder / "adapter_model.safetensors", limits),
-                base.spec, limits, digest=Digest(folder.name), dtype=torch.bfloat16,
+                base.spec,
+                limits,
+                digest=Digest(folder.name),
+                dtype=torch.bfloat16,
             )
     return found
 
@@ -52,14 +57,19 @@ def oracles(smollm2_path, repository, adapters):
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                packed, state = bnb.functional.quantize_4bit(module.weight.data.bfloat16(), quant_type="nf4")
+                packed, state = bnb.functional.quantize_4bit(
+                    module.weight.data.bfloat16(), quant_type="nf4"
+                )
                 module.weight.copy_(bnb.functional.dequantize_4bit(packed, state).float())
     made = {}
     for dtype in (torch.float32, torch.bfloat16):
         names = list(adapters)
         folder = repository / "examples" / "adapters"
         oracle = PeftModel.from_pretrained(
-            copy.deepcopy(model).to(dtype), folder / names[0], adapter_name=names[0], autocast_adapter_dtype=False
+            copy.deepcopy(model).to(dtype),
+            folder / names[0],
+            adapter_name=names[0],
+            autocast_adapter_dtype=False,
         )
         for name in names[1:]:
             oracle.load_adapter(folder / name, adapter_name=name, autocast_adapter_dtype=False)
@@ -82,17 +92,24 @@ def scores(oracle: PeftModel, name: str | None, ids: list[int]) -> torch.Tensor:
 def test_as_exact_as_peft_over_the_same_weights(base, adapters, oracles, tmp_path):
     tokenizer = base.tokenizer
     prompts = [
-        tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": q}]), add_special_tokens=False)
+        tokenizer.encode(
+            tokenizer.render_chat([{"role": "user", "content": q}]), add_special_tokens=False
+        )
         for q in QUESTIONS
     ]
     cases = [(name, prompt) for name in (None, *adapters) for prompt in prompts]
     with LocalEngine(base, tmp_path, adapters, kernels="native") as engine:
         sampling = params(NEW_TOKENS, ignore_eos=True)
         together = engine.generate([p for _, p in cases], sampling, [n for n, _ in cases])
-        whole = [prompt + output.token_ids for (_, prompt), output in zip(cases, together, strict=True)]
+        whole = [
+            prompt + output.token_ids for (_, prompt), output in zip(cases, together, strict=True)
+        ]
         scoring = params(0, prompt_logprobs=0)
         scored = engine.generate(whole, scoring, [n for n, _ in cases])
-        alone = [engine.generate([ids], scoring, [name])[0] for ids, (name, _) in zip(whole, cases, strict=True)]
+        alone = [
+            engine.generate([ids], scoring, [name])[0]
+            for ids, (name, _) in zip(whole, cases, strict=True)
+        ]
 
     ours, single, rounding, gaps = [], [], [], []
     for (name, prompt), ids, batched, by_itself in zip(cases, whole, scored, alone, strict=True):
@@ -110,9 +127,9 @@ def test_as_exact_as_peft_over_the_same_weights(base, adapters, oracles, tmp_pat
     for errors in (torch.cat(ours), torch.cat(single), torch.cat(ours) - torch.cat(single)):
         assert errors.square().mean().sqrt() < 2 * noise
         assert errors.abs().max() < 3 * worst
-    # A greedy token that is not the yardstick's own is one of two that the rounding cannot tell apart.
+    # A greedy token that is not the yardstick's own is one of two that the rounding cannot tell
+    # apart.
     gap = torch.cat(gaps)
     different = int((gap > 0).sum())
-    print(f"greedy tokens that differ: {different} of {gap.numel()}; largest gap {gap.max():.4f}")
     assert gap.max() < 3 * worst
     assert different < gap.numel() // 10

@@ -158,7 +158,9 @@ class LocalEngine:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def together(self) -> Together:
-        """Holds the step thread between two steps, so that what is submitted meanwhile starts together."""
+        """Holds the step thread between two steps, so that what is submitted meanwhile starts
+        together.
+        """
         return Together(self.engine.loop)
 
     def _done(self, request_id: str) -> bool:
@@ -180,10 +182,16 @@ class Together:
         self._go.set()
 
 
-def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str = "base") -> BaseModel:
-    """A model in memory as the engine takes it. Its attention is ours afterwards: give it a copy."""
+def base_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str = "base"
+) -> BaseModel:
+    """A model in memory as the engine takes it. Its attention is changed: give a copy."""
     return wrap_base(
-        model, tokenizer, name=name, digest=f"digest-of-{name}", dtype=next(model.parameters()).dtype
+        model,
+        tokenizer,
+        name=name,
+        digest=f"digest-of-{name}",
+        dtype=next(model.parameters()).dtype,
     )
 
 
@@ -195,5 +203,11 @@ def assert_at_rest(engine: LocalEngine) -> None:
 
 
 __all__ = [
-    "LocalEngine", "Output", "assert_at_rest", "base_of", "params", "replace", "torch",
+    "LocalEngine",
+    "Output",
+    "assert_at_rest",
+    "base_of",
+    "params",
+    "replace",
+    "torch",
 ]

@@ -47,13 +47,20 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "phi3": Phi3Config(**_COMMON),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=6, n_positions=512, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCAB,
+        n_embd=48,
+        n_layer=3,
+        n_head=6,
+        n_positions=512,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A random model whose biases and norms are random too, so that nothing is hidden by zeros and ones.
+    """A random model whose biases and norms are random too, so that nothing is hidden by zeros and
+    ones.
 
     The weights are large enough for greedy continuations to differ between prompts.
     """

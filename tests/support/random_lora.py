@@ -21,16 +21,26 @@ def linear_shapes(model_path: Path) -> Mapping[str, tuple[int, int]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))
         _SHAPES[model_path] = {
-            name: (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+            name: (module.nx, module.nf)
+            if isinstance(module, Conv1D)
+            else (module.in_features, module.out_features)
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+            and module is not model.get_output_embeddings()
         }
     return _SHAPES[model_path]
 
 
 def write_random_lora(
-    folder: Path, model_path: Path, *, rank: int, targets: Sequence[str], seed: int, scale: float = 0.02,
-    dtype: torch.dtype = torch.float32, **config: Any,
+    folder: Path,
+    model_path: Path,
+    *,
+    rank: int,
+    targets: Sequence[str],
+    seed: int,
+    scale: float = 0.02,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Path:
     """An adapter with signed random A and B at every module whose last name is in ``targets``."""
     generator = torch.Generator().manual_seed(seed)
@@ -45,8 +55,12 @@ def write_random_lora(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
-        "target_modules": list(targets), "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(targets),
+        "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(fields | config))
     return folder

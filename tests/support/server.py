@@ -1,4 +1,6 @@
-"""The real server as a process of its own, as `manyhats serve` starts it, and what a client needs of it."""
+"""The real server as a process of its own, as `manyhats serve` starts it, and what a client needs
+of it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Server:
     def total(self, name: str, **labels: str) -> float:
         """The sum of all samples of a name whose labels include ``labels``."""
         wanted = set(labels.items())
-        return sum(v for (n, have), v in self.metrics().items() if n == name and wanted <= set(have))
+        return sum(
+            v for (n, have), v in self.metrics().items() if n == name and wanted <= set(have)
+        )
 
     def stop(self, signum: int = signal.SIGTERM, timeout: float = 60.0) -> int:
         """Ends the process by signal and returns its exit status."""
@@ -55,9 +59,22 @@ class Server:
 @contextmanager
 def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[Server]:
     """``python -m manyhats serve`` on a free port, once it answers; ended by SIGTERM afterwards."""
-    command = [sys.executable, "-m", "manyhats", "serve", "--port", "0", "--home", str(home), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "manyhats",
+        "serve",
+        "--port",
+        "0",
+        "--home",
+        str(home),
+        *flags,
+    ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     output: list[str] = []

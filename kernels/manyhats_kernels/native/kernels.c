@@ -11,6 +11,7 @@
 #define MH_NO_MEMORY (-1)
 #define LORA_TOKENS 32   /* tokens of a segment that one item takes */
 #define LORA_COLUMNS 256 /* columns of B that one item takes */
+#define LORA_SERIAL 49152 /* multiplications below which waking the other threads costs more than it saves */
 #define ATTN_ROWS 16     /* query rows (token x head of the group) that one item takes */
 #define ATTN_CHUNK 256   /* positions that one item takes */
 #define ATTN_DIM 256     /* the largest head size */
@@ -111,6 +112,7 @@ EXPORT int64_t mh_lora_add(int dtype, int threads, void *y, int64_t y_stride, co
         expand_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(out, LORA_COLUMNS);
     }
     if (n == 0) goto done;
+    if (shrunk * (in + out) < LORA_SERIAL) threads = 1;
     if (shrunk > 4096 && !(scratch = malloc(shrunk * sizeof *scratch))) {
         scratch = little;
         failed = MH_NO_MEMORY;

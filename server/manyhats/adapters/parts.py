@@ -1,7 +1,7 @@
 """The canonical form: what every adapter of every family is compiled to at registration.
 
-An adapter is a set of typed parts, each bound to a *site* of the base model (a module, by its dotted name).
-The engine and the kernels know only these parts, so families mix freely in one batch.
+An adapter is a set of typed parts, each bound to a *site* of the base model (a module, by its
+dotted name). The engine and the kernels know only these parts, so families mix freely in one batch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class SiteKind(enum.Enum):
 class SiteSpec:
     """One module of the base model that an adapter may name.
 
-    ``in_features`` and ``out_features`` are logical ([tokens, in] -> [tokens, out]) whatever way the weight is
-    stored; ``transposed`` is true for GPT-2's Conv1D. ``bias`` is the base's own bias in fp32 on the CPU, [out],
-    or None where it has none.
+    ``in_features`` and ``out_features`` are logical ([tokens, in] -> [tokens, out]) whatever way
+    the weight is stored; ``transposed`` is true for GPT-2's Conv1D. ``bias`` is the base's own bias
+    in fp32 on the CPU, [out], or None where it has none.
     """
 
     name: str
@@ -45,8 +45,8 @@ class SiteSpec:
 class BaseSpec:
     """The base model as the importers see it: its digest and the sites in the model's own order.
 
-    ``num_layers`` is the number of transformer blocks. Site names are those of the transformers model
-    (``model.layers.0.self_attn.q_proj``).
+    ``num_layers`` is the number of transformer blocks. Site names are those of the transformers
+    model (``model.layers.0.self_attn.q_proj``).
     """
 
     digest: str
@@ -56,7 +56,9 @@ class BaseSpec:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """d = (x A^T) B, scaling folded into B. ``a``: [rank, in]; ``b``: [rank, out]; same dtype, contiguous, CPU."""
+    """d = (x A^T) B, scaling folded into B. ``a``: [rank, in]; ``b``: [rank, out]; same dtype,
+    contiguous, CPU.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -69,7 +71,9 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class SiteParts:
-    """What one adapter does at one site. ``bias``: [out], added to the module's output (trained minus base)."""
+    """What one adapter does at one site. ``bias``: [out], added to the module's output (trained
+    minus base).
+    """
 
     low_rank: LowRank | None = None
     bias: torch.Tensor | None = None
@@ -85,7 +89,8 @@ class SiteParts:
 
 @dataclass(frozen=True, slots=True)
 class CompiledAdapter:
-    """An adapter version in canonical form, on the host. ``family`` is as trained (``lora``, ``rslora``).
+    """An adapter version in canonical form, on the host. ``family`` is as trained (``lora``,
+    ``rslora``).
 
     ``sites`` has an entry only where the adapter does something.
     """
@@ -103,4 +108,6 @@ class CompiledAdapter:
     @property
     def max_rank(self) -> int:
         """Largest rank of any site, 0 if it has no low-rank part."""
-        return max((p.low_rank.rank for p in self.sites.values() if p.low_rank is not None), default=0)
+        return max(
+            (p.low_rank.rank for p in self.sites.values() if p.low_rank is not None), default=0
+        )

@@ -1,4 +1,4 @@
-"""Attention over the paged cache: one object a layer, called from the model's own attention module."""
+"""Attention over the paged cache: one object a layer, called by the model's attention module."""
 
 from __future__ import annotations
 
@@ -50,8 +50,12 @@ class PagedAttention:
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         self._backend.store_kv(k, v, self._k_cache, self._v_cache, batch)
         out = self._backend.paged_attention(
-            q, self._k_cache, self._v_cache, batch,
+            q,
+            self._k_cache,
+            self._v_cache,
+            batch,
             scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
-            sliding_window=sliding_window, soft_cap=softcap,
+            sliding_window=sliding_window,
+            soft_cap=softcap,
         )
         return out[None]

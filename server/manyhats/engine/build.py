@@ -45,14 +45,19 @@ class Engine:
 
 
 def build_engine(
-    settings: Settings, base: BaseModel, kernels: Resolved, *,
-    load_adapter: Callable[[Digest], CompiledAdapter], observer: EngineObserver,
+    settings: Settings,
+    base: BaseModel,
+    kernels: Resolved,
+    *,
+    load_adapter: Callable[[Digest], CompiledAdapter],
+    observer: EngineObserver,
     deliver: Deliver | None = None,
 ) -> Engine:
     """Allocates caches and pools and wires the loop (not started yet).
 
-    ``load_adapter`` reads a compiled adapter from the disk tier, in the base's dtype. ``deliver`` replaces the
-    client's own delivery (for callers without an event loop). Raises ConfigError on sizes that cannot work.
+    ``load_adapter`` reads a compiled adapter from the disk tier, in the base's dtype. ``deliver``
+    replaces the client's own delivery (for callers without an event loop). Raises ConfigError on
+    sizes that cannot work.
     """
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
@@ -60,24 +65,41 @@ def build_engine(
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
         residency = AdapterResidency(
-            SlotTable(settings.slots, [settings.rows] * len(pool.sites)), pool, load_adapter,
-            host_bytes=settings.host_cache_mb << 20, post=mailbox.post, observer=observer,
+            SlotTable(settings.slots, [settings.rows] * len(pool.sites)),
+            pool,
+            load_adapter,
+            host_bytes=settings.host_cache_mb << 20,
+            post=mailbox.post,
+            observer=observer,
         )
     scheduler = Scheduler(
-        blocks, residency or NoAdapters(), max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens,
-        max_queue=settings.max_queue, max_context=base.context_len,
+        blocks,
+        residency or NoAdapters(),
+        max_num_seqs=settings.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_queue=settings.max_queue,
+        max_context=base.context_len,
     )
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
-        scheduler=scheduler, runner=ModelRunner(base, pool, state, settings.block_size),
+        scheduler=scheduler,
+        runner=ModelRunner(base, pool, state, settings.block_size),
         postprocessor=Postprocessor(
             sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
-            tokenizer=base.tokenizer.backend, grammars=grammars, scheduler=scheduler, observer=observer,
-            eos_token_ids=base.eos_token_ids, context_len=base.context_len,
+            tokenizer=base.tokenizer.backend,
+            grammars=grammars,
+            scheduler=scheduler,
+            observer=observer,
+            eos_token_ids=base.eos_token_ids,
+            context_len=base.context_len,
         ),
-        residency=residency, observer=observer, deliver=deliver or postbox.deliver,
-        snapshot=_snapshot(settings, scheduler, blocks, residency), mailbox=mailbox,
-        max_queue=settings.max_queue, threads=settings.threads,
+        residency=residency,
+        observer=observer,
+        deliver=deliver or postbox.deliver,
+        snapshot=_snapshot(settings, scheduler, blocks, residency),
+        mailbox=mailbox,
+        max_queue=settings.max_queue,
+        threads=settings.threads,
     )
     client = AsyncEngine(loop, postbox, _model_info(settings, base, kernels), base.tokenizer)
     return Engine(base, loop, client, residency, grammars, kernels)
@@ -88,21 +110,36 @@ def _allocate_cache(
 ) -> BlockManager:
     shapes = [shape for _, shape in base.layers]
     num_blocks = choose_num_blocks(
-        shapes, base.dtype, base.device, block_size=settings.block_size,
-        kv_cache_mb=settings.kv_cache_mb, kv_cache_blocks=settings.kv_cache_blocks,
-        max_num_seqs=settings.max_num_seqs, context_len=base.context_len,
+        shapes,
+        base.dtype,
+        base.device,
+        block_size=settings.block_size,
+        kv_cache_mb=settings.kv_cache_mb,
+        kv_cache_blocks=settings.kv_cache_blocks,
+        max_num_seqs=settings.max_num_seqs,
+        context_len=base.context_len,
     )
     allocate(
-        base.layers, num_blocks=num_blocks, block_size=settings.block_size, dtype=base.dtype,
-        device=base.device, backend=kernels.backend, state=state,
+        base.layers,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+        dtype=base.dtype,
+        device=base.device,
+        backend=kernels.backend,
+        state=state,
     )
     per_block = bytes_per_token(shapes, base.dtype) * settings.block_size
     logger.info(
-        "KV cache: %d blocks of %d tokens, %.0f MiB", num_blocks, settings.block_size,
+        "KV cache: %d blocks of %d tokens, %.0f MiB",
+        num_blocks,
+        settings.block_size,
         num_blocks * per_block / 2**20,
     )
     return BlockManager(
-        num_blocks, settings.block_size, prefix_cache=settings.prefix_cache, base_digest=base.spec.digest
+        num_blocks,
+        settings.block_size,
+        prefix_cache=settings.prefix_cache,
+        base_digest=base.spec.digest,
     )
 
 
@@ -111,28 +148,42 @@ def _install_pool(
 ) -> AdapterPool:
     sites = [site for site in base.spec.sites.values() if adaptable(site)]
     pool = AdapterPool(
-        sites, rows=settings.rows, slots=settings.slots, dtype=base.dtype, device=base.device,
+        sites,
+        rows=settings.rows,
+        slots=settings.slots,
+        dtype=base.dtype,
+        device=base.device,
         backend=kernels.backend,
     )
     install(site_modules(base.module, base.spec), pool, state)
-    logger.info("adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites))
+    logger.info(
+        "adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites)
+    )
     return pool
 
 
 def _snapshot(
-    settings: Settings, scheduler: Scheduler, blocks: BlockManager, residency: AdapterResidency | None
+    settings: Settings,
+    scheduler: Scheduler,
+    blocks: BlockManager,
+    residency: AdapterResidency | None,
 ) -> Callable[[int, int], EngineStats]:
     def snapshot(steps: int, failed_steps: int) -> EngineStats:
         return EngineStats(
-            running=scheduler.num_running, waiting=scheduler.num_waiting,
-            kv_blocks_total=blocks.num_blocks, kv_blocks_used=blocks.num_used,
-            kv_block_size=settings.block_size, slots_total=settings.slots, rows_total=settings.rows,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_blocks_total=blocks.num_blocks,
+            kv_blocks_used=blocks.num_used,
+            kv_block_size=settings.block_size,
+            slots_total=settings.slots,
+            rows_total=settings.rows,
             rows_used=residency.rows_used if residency else 0,
             host_bytes_used=residency.host.bytes_used if residency else 0,
             host_bytes_total=settings.host_cache_mb << 20,
             resident=residency.residents() if residency else (),
             waiting_adapters=residency.waiting_adapters() if residency else (),
-            steps=steps, failed_steps=failed_steps,
+            steps=steps,
+            failed_steps=failed_steps,
         )
 
     return snapshot
@@ -140,8 +191,15 @@ def _snapshot(
 
 def _model_info(settings: Settings, base: BaseModel, kernels: Resolved) -> ModelInfo:
     return ModelInfo(
-        id=base.name, digest=base.spec.digest, created=base.created, context_len=base.context_len,
-        vocab_size=base.vocab_size, eos_token_ids=base.eos_token_ids,
-        quantization=settings.quantization.value, dtype=settings.dtype.value, device=str(base.device),
-        kernel_backend=kernels.backend.name, kernel_reason=kernels.reason,
+        id=base.name,
+        digest=base.spec.digest,
+        created=base.created,
+        context_len=base.context_len,
+        vocab_size=base.vocab_size,
+        eos_token_ids=base.eos_token_ids,
+        quantization=settings.quantization.value,
+        dtype=settings.dtype.value,
+        device=str(base.device),
+        kernel_backend=kernels.backend.name,
+        kernel_reason=kernels.reason,
     )

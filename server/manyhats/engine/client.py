@@ -20,13 +20,17 @@ class _Mail:
 
 
 class Postbox:
-    """Carries deltas from the step thread to each request's queue, one wake-up a step and event loop."""
+    """Carries deltas from the step thread to each request's queue, one wake-up a step and event
+    loop.
+    """
 
     def __init__(self) -> None:
         self._mails: dict[str, _Mail] = {}
 
     def open(self, request_id: str) -> asyncio.Queue[list[OutputDelta]]:
-        """A queue for a request of the running event loop. Raises ValueError on an id that is in use."""
+        """A queue for a request of the running event loop. Raises ValueError on an id that is in
+        use.
+        """
         if request_id in self._mails:
             raise ValueError(f"request id {request_id!r} is in use")
         mail = _Mail(asyncio.get_running_loop(), asyncio.Queue())

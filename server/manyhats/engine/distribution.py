@@ -124,16 +124,18 @@ def _cut(
     kth = values.gather(1, (top_k.clamp(1, width) - 1).unsqueeze(1))
     kth = torch.where(limited.unsqueeze(1), kth, 0.0)
     # With ties of the k-th value, as transformers' TopKLogitsWarper keeps them.
-    mass = (values.double() * (values >= kth)).cumsum(dim=-1)
-    wanted = torch.where(limited, mass[:, -1], totals) * top_p
+    last = (values >= kth).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    mass = values.double().cumsum(dim=-1)
+    kept = mass.gather(1, last).squeeze(1)
+    wanted = torch.where(limited, kept, totals) * top_p
     # A token stays while the mass before it is less than top_p, so the first always does.
-    place = (mass < wanted.unsqueeze(1)).sum(dim=-1).clamp(max=width - 1)
-    nucleus = values.gather(1, place.unsqueeze(1))
+    place = torch.searchsorted(mass, wanted.unsqueeze(1)).clamp(max=width - 1)
+    nucleus = values.gather(1, place)
     cut = torch.where((top_p < 1.0).unsqueeze(1), torch.maximum(nucleus, kth), kth).squeeze(1)
     if whole:
         return cut, torch.ones_like(limited)
     k_known = ~limited | ((top_k <= width) & (values[:, -1] < kth.squeeze(1)))
-    p_known = (top_p >= 1.0) | (mass[:, -1] >= wanted)
+    p_known = (top_p >= 1.0) | (kept >= wanted)
     return cut, k_known & p_known
 
 

@@ -1,4 +1,6 @@
-"""The base's grammar compiler, made when the first request asks for one (it reads the whole vocabulary)."""
+"""The base's grammar compiler, made when the first request asks for one (it reads the whole
+vocabulary).
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ class Grammars:
         self._compiler: GrammarCompiler | None = None
 
     def check(self, spec: GrammarSpec) -> None:
-        """Compiles, and keeps the result for the step loop. Raises RequestError as ``compile`` does."""
+        """Compiles, and keeps the result for the step loop. Raises RequestError as ``compile``
+        does.
+        """
         self.compile(spec)
 
     def compile(self, spec: GrammarSpec) -> Grammar:
-        """See ``GrammarCompiler.compile``; also refused for a base without an end-of-sequence token."""
+        """See ``GrammarCompiler.compile``; also refused for a base without an end-of-sequence
+        token.
+        """
         return self._made().compile(spec)
 
     def masks(
@@ -44,7 +50,8 @@ class Grammars:
             if self._compiler is None:
                 if not self._eos:
                     raise RequestError(
-                        "response_format: the base model has no end-of-sequence token, which constrained "
+                        "response_format: the base model has no end-of-sequence token, which "
+                        "constrained "
                         "output needs",
                         param="response_format",
                     )

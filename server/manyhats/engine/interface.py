@@ -1,4 +1,6 @@
-"""What the API sees of the engine, and what the engine tells its observer: protocols and plain values."""
+"""What the API sees of the engine, and what the engine tells its observer: protocols and plain
+values.
+"""
 
 from __future__ import annotations
 
@@ -96,9 +98,9 @@ class EngineClient(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDelta]:
         """Deltas of every choice until each has a finish reason or an error.
 
-        Raises QueueFullError or DrainingError at the first iteration, before anything was queued. Closing the
-        iterator early aborts the request (blocks and leases are freed within one step). A delta with ``error``
-        set is the last one of the request.
+        Raises QueueFullError or DrainingError at the first iteration, before anything was queued.
+        Closing the iterator early aborts the request (blocks and leases are freed within one step).
+        A delta with ``error`` set is the last one of the request.
         """
 
     def stats(self) -> EngineStats:
@@ -110,7 +112,9 @@ class EngineClient(Protocol):
 
 
 class EngineObserver(Protocol):
-    """Told of what happens, on the engine's own threads; must be quick and must not raise. Implemented by metrics."""
+    """Told of what happens, on the engine's own threads; must be quick and must not raise.
+    Implemented by metrics.
+    """
 
     def step(self, seconds: float, prefill_tokens: int, decode_tokens: int, sequences: int) -> None:
         """A step was run."""
@@ -125,8 +129,13 @@ class EngineObserver(Protocol):
         """A further token came ``seconds`` after the one before."""
 
     def finished(
-        self, adapter: str | None, reason: FinishReason, prompt_tokens: int, cached_tokens: int,
-        output_tokens: int, seconds: float,
+        self,
+        adapter: str | None,
+        reason: FinishReason,
+        prompt_tokens: int,
+        cached_tokens: int,
+        output_tokens: int,
+        seconds: float,
     ) -> None:
         """A sequence ended."""
 

@@ -24,8 +24,15 @@ def bytes_per_token(shapes: Sequence[AttentionShape], dtype: torch.dtype) -> int
 
 
 def choose_num_blocks(
-    shapes: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device, *, block_size: int,
-    kv_cache_mb: int | None, kv_cache_blocks: int | None, max_num_seqs: int, context_len: int,
+    shapes: Sequence[AttentionShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    block_size: int,
+    kv_cache_mb: int | None,
+    kv_cache_blocks: int | None,
+    max_num_seqs: int,
+    context_len: int,
 ) -> int:
     """How many blocks to hold: a setting, or a share of free memory, never more than could be used.
 
@@ -39,7 +46,8 @@ def choose_num_blocks(
         blocks = (kv_cache_mb << 20) // per_block
         if blocks < 1:
             raise ConfigError(
-                f"kv_cache_mb: {kv_cache_mb} MiB holds not one block of {block_size} tokens, which takes "
+                f"kv_cache_mb: {kv_cache_mb} MiB holds not one block of {block_size} tokens, "
+                f"which takes "
                 f"{-(-per_block >> 20)} MiB",
                 param="kv_cache_mb",
             )
@@ -52,8 +60,14 @@ def choose_num_blocks(
 
 
 def allocate(
-    layers: Sequence[tuple[nn.Module, AttentionShape]], *, num_blocks: int, block_size: int,
-    dtype: torch.dtype, device: torch.device, backend: Backend, state: StepState,
+    layers: Sequence[tuple[nn.Module, AttentionShape]],
+    *,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend,
+    state: StepState,
 ) -> None:
     """Allocates every layer's cache and hands it to the layer's attention module."""
     for module, shape in layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -22,7 +22,9 @@ class AdaptedLayer:
     def __init__(self, module: nn.Module, index: int, pool: SitePool, state: StepState) -> None:
         before = module.forward
         # An engine built anew over the same model takes the place of the one before.
-        self._base = before._base if isinstance(before, AdaptedLayer) else before
+        self._base: Callable[[torch.Tensor], torch.Tensor] = (
+            before._base if isinstance(before, AdaptedLayer) else before
+        )
         self._bit = 1 << index
         self._pool = pool
         self._state = state
@@ -39,8 +41,11 @@ class AdaptedLayer:
 
 
 def install(modules: Mapping[str, nn.Module], pool: AdapterPool, state: StepState) -> None:
-    """Replaces the forward of every site's module. ``modules``: by site name, at least the pool's sites."""
+    """Replaces the forward of every site's module. ``modules``: by site name, at least the pool's
+    sites.
+    """
     for index, site in enumerate(pool.sites):
         module = modules[site.spec.name]
-        # The instance's own forward is what nn.Module calls; parameters and names stay where they are.
+        # The instance's own forward is what nn.Module calls; parameters and names stay where they
+        # are.
         module.forward = AdaptedLayer(module, index, site, state)

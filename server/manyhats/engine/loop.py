@@ -1,4 +1,6 @@
-"""The step loop: one thread that schedules, runs and postprocesses, and the doors by which others reach it."""
+"""The step loop: one thread that schedules, runs and postprocesses, and the doors by which others
+reach it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -29,15 +32,24 @@ _SNAPSHOT_INTERVAL_S = 0.1
 class EngineLoop:
     """Owns the scheduler, the runner and everything they change; nothing else touches them.
 
-    ``start``, ``submit``, ``abort``, ``stats``, ``drain`` and ``stop`` may be called from any thread; the rest runs on
-    the step thread. ``deliver`` is called there too, once a step, with all that the step made. ``snapshot`` makes
-    the statistics from (steps, failed steps).
+    ``start``, ``submit``, ``abort``, ``stats``, ``drain`` and ``stop`` may be called from any
+    thread; the rest runs on the step thread. ``deliver`` is called there too, once a step, with all
+    that the step made. ``snapshot`` makes the statistics from (steps, failed steps).
     """
 
     def __init__(
-        self, *, scheduler: Scheduler, runner: ModelRunner, postprocessor: Postprocessor,
-        residency: AdapterResidency | None, observer: EngineObserver, deliver: Deliver,
-        snapshot: Callable[[int, int], EngineStats], mailbox: Mailbox, max_queue: int, threads: int | None,
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        postprocessor: Postprocessor,
+        residency: AdapterResidency | None,
+        observer: EngineObserver,
+        deliver: Deliver,
+        snapshot: Callable[[int, int], EngineStats],
+        mailbox: Mailbox,
+        max_queue: int,
+        threads: int | None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -88,7 +100,7 @@ class EngineLoop:
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; nothing more is delivered for it."""
-        self._mailbox.post(lambda: self._end(request_id))
+        self._mailbox.post(partial(self._end, request_id))
 
     def stats(self) -> EngineStats:
         """The latest snapshot, at most a tenth of a second old while steps run."""
@@ -100,11 +112,13 @@ class EngineLoop:
         return self._thread.is_alive() and not self._draining
 
     def close_door(self) -> None:
-        """Takes nothing new from now on. Waits for nothing, so that a signal handler may call it."""
+        """Takes nothing new from now on. Waits for nothing: signal handlers may call it."""
         self._draining = True
 
     def drain(self, timeout_s: float) -> bool:
-        """Takes nothing new and waits for what is there; whether all of it ended within ``timeout_s``."""
+        """Takes nothing new and waits for what is there; whether all of it ended within
+        ``timeout_s``.
+        """
         self.close_door()
         self._mailbox.post(_nothing)
         return self._idle.wait(timeout_s)
@@ -145,7 +159,7 @@ class EngineLoop:
         self._steps += 1
         try:
             deltas = self._post.process(schedule, self._runner.run(schedule))
-        except Exception as error:  # noqa: BLE001 - the step's own requests fail, the loop goes on
+        except Exception as error:
             self._failed_steps += 1
             logger.exception("step %d failed", self._steps)
             failure = EngineFailedError(f"the step that held this request failed: {error}")
@@ -195,9 +209,15 @@ class EngineLoop:
     def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
         self._sequence_ids += 1
         return LiveSequence(
-            id=self._sequence_ids, request_id=request.request_id, index=index, tenant=request.tenant,
-            params=request.params[index], adapter=request.adapter, arrival=request.arrival,
-            prompt_len=len(request.prompt_token_ids), token_ids=list(request.prompt_token_ids),
+            id=self._sequence_ids,
+            request_id=request.request_id,
+            index=index,
+            tenant=request.tenant,
+            params=request.params[index],
+            adapter=request.adapter,
+            arrival=request.arrival,
+            prompt_len=len(request.prompt_token_ids),
+            token_ids=list(request.prompt_token_ids),
         )
 
     def _end(self, request_id: str) -> bool:
@@ -215,7 +235,9 @@ class EngineLoop:
         self._publish([OutputDelta(request_id, 0, error=error) for request_id in left])
 
     def _rest(self) -> None:
-        """Nothing can be run now: the figures are made new, and whoever drains is told if all is done."""
+        """Nothing can be run now: the figures are made new, and whoever drains is told if all is
+        done.
+        """
         self._refresh_stats()
         if not self._scheduler.has_work:
             with self._door:

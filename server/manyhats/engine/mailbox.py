@@ -6,7 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-Task = Callable[[], None]
+Task = Callable[[], object]
+"""Whatever a task returns is let go."""
 
 
 class Mailbox:

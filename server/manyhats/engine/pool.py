@@ -1,8 +1,8 @@
 """The device tier of the adapters: rank rows per site, true to each adapter's own rank.
 
-At a site, ``a`` is [rows, in] and ``b`` is [rows, out]; an adapter owns a run of rows at each site where it has a
-low-rank part, and nothing elsewhere, so memory and arithmetic follow its true rank. Who sits where is decided by
-``adapters.slots.SlotTable``; this file only holds the bytes.
+At a site, ``a`` is [rows, in] and ``b`` is [rows, out]; an adapter owns a run of rows at each site
+where it has a low-rank part, and nothing elsewhere, so memory and arithmetic follow its true rank.
+Who sits where is decided by ``adapters.slots.SlotTable``; this file only holds the bytes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,33 @@ from manyhats_kernels import Backend, SiteRows
 
 
 class SitePool:
-    """One site's rows, and the product with them. Reads happen on the step thread, writes on the loader's.
+    """One site's rows, and the product with them. Reads happen on the step thread, writes on the
+    loader's.
 
-    A writer touches only the rows of a slot that no running step wears. ``bias`` ([slots, out]) comes into being
-    with the first adapter that has one here.
+    A writer touches only the rows of a slot that no running step wears. ``bias`` ([slots, out])
+    comes into being with the first adapter that has one here.
     """
 
     __slots__ = (
-        "_a", "_b", "_backend", "_bias", "_bias_slots", "_row_slots", "_rows", "_slots", "spec",
+        "_a",
+        "_b",
+        "_backend",
+        "_bias",
+        "_bias_slots",
+        "_row_slots",
+        "_rows",
+        "_slots",
+        "spec",
     )
 
     def __init__(
-        self, spec: SiteSpec, *, rows: int, slots: int, dtype: torch.dtype, device: torch.device,
+        self,
+        spec: SiteSpec,
+        *,
+        rows: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
         backend: Backend,
     ) -> None:
         self.spec = spec
@@ -58,7 +73,9 @@ class SitePool:
         if parts.bias is not None:
             if self._bias is None:
                 self._bias = torch.zeros(
-                    (self._slots, self.spec.out_features), dtype=self._b.dtype, device=self._b.device
+                    (self._slots, self.spec.out_features),
+                    dtype=self._b.dtype,
+                    device=self._b.device,
                 )
             self._bias[slot].copy_(parts.bias)
             self._bias_slots |= 1 << slot
@@ -72,7 +89,8 @@ class SitePool:
             self._bias[slot].zero_()
 
     def apply(self, x: torch.Tensor, y: torch.Tensor, state: StepState) -> None:
-        """y[t] += (x[t] A^T) B + bias for each token that wears an adapter with parts here, in place.
+        """y[t] += (x[t] A^T) B + bias for each token that wears an adapter with parts here, in
+        place.
 
         x: [T, in]; y: [T, out]; the pool's dtype.
         """
@@ -86,13 +104,20 @@ class AdapterPool:
     """All sites' pools, and which sites each slot uses."""
 
     def __init__(
-        self, sites: Sequence[SiteSpec], *, rows: int, slots: int, dtype: torch.dtype,
-        device: torch.device, backend: Backend,
+        self,
+        sites: Sequence[SiteSpec],
+        *,
+        rows: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend,
     ) -> None:
         self.slots = slots
         self.rows = rows
         self.sites = tuple(
-            SitePool(s, rows=rows, slots=slots, dtype=dtype, device=device, backend=backend) for s in sites
+            SitePool(s, rows=rows, slots=slots, dtype=dtype, device=device, backend=backend)
+            for s in sites
         )
         self._index = {site.spec.name: i for i, site in enumerate(self.sites)}
         self._sites_of_slot = [0] * slots
@@ -106,13 +131,16 @@ class AdapterPool:
         """Rows that the adapter needs at each site (0 where it has no low-rank part)."""
         return tuple(
             parts.low_rank.rank
-            if (parts := adapter.sites.get(site.spec.name)) is not None and parts.low_rank is not None
+            if (parts := adapter.sites.get(site.spec.name)) is not None
+            and parts.low_rank is not None
             else 0
             for site in self.sites
         )
 
     def write(self, slot: int, starts: Sequence[int], adapter: CompiledAdapter) -> None:
-        """Brings an adapter to the device. Called beside the step loop, for a slot that nobody wears yet."""
+        """Brings an adapter to the device. Called beside the step loop, for a slot that nobody
+        wears yet.
+        """
         used = 0
         for name, parts in adapter.sites.items():
             index = self._index[name]
@@ -121,7 +149,7 @@ class AdapterPool:
         self._sites_of_slot[slot] = used
 
     def clear(self, slot: int) -> None:
-        """Forgets a slot's adapter (its bytes stay until they are overwritten; nothing reads them)."""
+        """Forgets a slot's adapter (its bytes stay until overwritten; nothing reads them)."""
         used = self._sites_of_slot[slot]
         self._sites_of_slot[slot] = 0
         for index, site in enumerate(self.sites):
@@ -130,5 +158,5 @@ class AdapterPool:
 
 
 def adaptable(spec: SiteSpec) -> bool:
-    """Whether this version can serve parts at the site: linear layers, and norms that have a bias."""
+    """Whether parts can be served at the site: linear layers, and norms that have a bias."""
     return spec.kind is SiteKind.LINEAR or (spec.kind is SiteKind.NORM and spec.bias is not None)

@@ -10,8 +10,8 @@ import tokenizers
 
 from manyhats.engine.detokenize import Detokenizer
 from manyhats.engine.grammar import GrammarMatcher
-from manyhats.engine.interface import EngineObserver
 from manyhats.engine.grammars import Grammars
+from manyhats.engine.interface import EngineObserver
 from manyhats.engine.runner import PromptRows, StepLogits
 from manyhats.engine.sampling import RowError, SampledToken, Sampler
 from manyhats.errors import ManyhatsError
@@ -39,12 +39,20 @@ class _Live:
 class Postprocessor:
     """Ends a step. Confined to the step thread.
 
-    ``eos_token_ids`` end a sequence unless it ignores them; ``context_len`` is the most tokens one may have.
+    ``eos_token_ids`` end a sequence unless it ignores them; ``context_len`` is the most tokens one
+    may have.
     """
 
     def __init__(
-        self, *, sampler: Sampler, tokenizer: tokenizers.Tokenizer, grammars: Grammars, scheduler: Scheduler,
-        observer: EngineObserver, eos_token_ids: frozenset[int], context_len: int,
+        self,
+        *,
+        sampler: Sampler,
+        tokenizer: tokenizers.Tokenizer,
+        grammars: Grammars,
+        scheduler: Scheduler,
+        observer: EngineObserver,
+        eos_token_ids: frozenset[int],
+        context_len: int,
     ) -> None:
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -96,7 +104,7 @@ class Postprocessor:
         return deltas
 
     def _score_prompt(self, rows: PromptRows, errors: dict[str, ManyhatsError]) -> None:
-        """Log-probabilities of prompt tokens; positions done before a preemption are passed over."""
+        """Scores prompt tokens; those done before a preemption are passed over."""
         sequence = rows.item.sequence
         scores = self._live[sequence.id].prompt_logprobs
         done = len(scores) - 1 - rows.first
@@ -149,10 +157,14 @@ class Postprocessor:
         first = sequence.first_token_at is None
         self._clock(sequence, now)
         delta = OutputDelta(
-            sequence.request_id, sequence.index, text=text, token_ids=(token,),
+            sequence.request_id,
+            sequence.index,
+            text=text,
+            token_ids=(token,),
             logprobs=(drawn.logprob,) if drawn.logprob is not None else (),
             prompt_logprobs=self._prompt_scores(live) if first else None,
-            finish_reason=reason, cached_tokens=sequence.num_cached,
+            finish_reason=reason,
+            cached_tokens=sequence.num_cached,
         )
         if reason is not None:
             self._finish(sequence, reason, now)
@@ -181,15 +193,22 @@ class Postprocessor:
         self._scheduler.complete(item, None, finished=True)
         self._finish(sequence, FinishReason.LENGTH, now)
         return OutputDelta(
-            sequence.request_id, sequence.index, prompt_logprobs=self._prompt_scores(live),
-            finish_reason=FinishReason.LENGTH, cached_tokens=sequence.num_cached,
+            sequence.request_id,
+            sequence.index,
+            prompt_logprobs=self._prompt_scores(live),
+            finish_reason=FinishReason.LENGTH,
+            cached_tokens=sequence.num_cached,
         )
 
     def _finish(self, sequence: LiveSequence, reason: FinishReason, now: float) -> None:
         self.close((sequence,))
         self._observer.finished(
-            adapter_name(sequence), reason, sequence.prompt_len, sequence.num_cached,
-            sequence.output_len, now - sequence.arrival,
+            adapter_name(sequence),
+            reason,
+            sequence.prompt_len,
+            sequence.num_cached,
+            sequence.output_len,
+            now - sequence.arrival,
         )
 
     def _clock(self, sequence: LiveSequence, now: float) -> None:

@@ -1,8 +1,8 @@
 """Brings adapters to the device beside the step loop: disk -> host tier -> rank rows.
 
-Who may sit where is decided by ``adapters.slots.SlotTable``; this file runs the loads on threads of its own and
-reports to the step thread through ``post``. ``drop`` and ``prefetch`` may be called from any thread and post
-themselves there; every other public method is called on the step thread.
+Who may sit where is decided by ``adapters.slots.SlotTable``; this file runs the loads on threads of
+its own and reports to the step thread through ``post``. ``drop`` and ``prefetch`` may be called
+from any thread and post themselves there; every other public method is called on the step thread.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ _PENDING = Pending()
 class _Entry:
     """What is known of one adapter version that somebody asked for.
 
-    ``ranks`` is set once the adapter has been on the host; ``waiters`` are the ids of sequences that were told
-    to wait; a failure holds for those who waited when it happened. ``leases`` counts this file's own.
+    ``ranks`` is set once the adapter has been on the host; ``waiters`` are the ids of sequences
+    that were told to wait; a failure holds for those who waited when it happened. ``leases`` counts
+    this file's own.
     """
 
     ref: AdapterRef
@@ -51,8 +52,14 @@ class AdapterResidency:
     """The scheduler's ``Residency`` over slots, host tier and device pool."""
 
     def __init__(
-        self, slots: SlotTable, pool: AdapterPool, load: Callable[[Digest], CompiledAdapter], *,
-        host_bytes: int, post: Callable[[Callable[[], None]], None], observer: EngineObserver,
+        self,
+        slots: SlotTable,
+        pool: AdapterPool,
+        load: Callable[[Digest], CompiledAdapter],
+        *,
+        host_bytes: int,
+        post: Callable[[Callable[[], None]], None],
+        observer: EngineObserver,
     ) -> None:
         """``load`` reads an adapter from the disk tier; ``host_bytes`` bounds the host tier."""
         self._slots = slots
@@ -66,15 +73,19 @@ class AdapterResidency:
         self._device_thread = _threads("adapter-device", 1)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Starts to bring the adapter to the host tier, if it is not known yet; undoes a ``drop``. Thread-safe."""
+        """Starts to bring the adapter to the host tier, if it is not known yet; undoes a ``drop``.
+        Thread-safe.
+        """
         self._post(lambda: self._prefetch(ref))
 
     def prepare(self, seq: Sequence) -> Admission:
-        """Gets the sequence's adapter on its way; Ready where ``acquire`` would be too. Takes no lease."""
+        """Gets the sequence's adapter on its way; Ready where ``acquire`` would be too. Takes no
+        lease.
+        """
         return self._ask(seq, lease=False)
 
     def acquire(self, seq: Sequence) -> Admission:
-        """Ready with a lease, Pending while the adapter is on its way or waits for room, or Failed."""
+        """Ready with a lease, Pending while the adapter is on its way or waits, or Failed."""
         return self._ask(seq, lease=True)
 
     def release(self, seq: Sequence) -> None:
@@ -102,7 +113,9 @@ class AdapterResidency:
             self._forget_if_idle(digest)
 
     def drop(self, ref: AdapterRef) -> None:
-        """Unregisters: no new lease; rows and host bytes go now, or with the last lease. Thread-safe."""
+        """Unregisters: no new lease; rows and host bytes go now, or with the last lease. Thread-
+        safe.
+        """
         self._post(lambda: self._drop(ref.digest))
 
     def residents(self) -> tuple[ResidentAdapter, ...]:
@@ -165,7 +178,9 @@ class AdapterResidency:
             return self._fail(seq, entry, failure)
         return self._answer(seq, entry, answer)
 
-    def _answer(self, seq: Sequence, entry: _Entry, answer: Acquired | Present | StartLoad | Wait) -> Admission:
+    def _answer(
+        self, seq: Sequence, entry: _Entry, answer: Acquired | Present | StartLoad | Wait
+    ) -> Admission:
         if isinstance(answer, Acquired | Present):
             entry.waiters.discard(seq.id)
             entry.leases += isinstance(answer, Acquired)
@@ -198,7 +213,8 @@ class AdapterResidency:
         # Nobody on the device or in the queue knows the name of one that is long gone.
         self._observer.adapter_evicted(entry.ref.name if entry is not None else "(gone)", "host")
 
-    # The two loads run on their own threads and touch nothing of the step thread's but through post().
+    # The two loads run on their own threads and touch nothing of the step thread's but through
+    # post().
 
     def _load_host(self, ref: AdapterRef) -> None:
         started = time.monotonic()
@@ -272,7 +288,9 @@ def _threads(name: str, count: int) -> ThreadPoolExecutor:
 
 
 def _single_threaded() -> None:
-    """Loads leave the cores to the step loop. The first call makes torch set up this thread's own count."""
+    """Loads leave the cores to the step loop. The first call makes torch set up this thread's own
+    count.
+    """
     torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -284,7 +302,8 @@ class NoAdapters:
         """Failed, always."""
         return Failed(
             AdapterLoadError(
-                f"adapter {seq.adapter} cannot be served: this server was started without adapter layers",
+                f"adapter {seq.adapter} cannot be served: this server was started without adapter "
+                f"layers",
                 param="model",
             )
         )

@@ -1,4 +1,6 @@
-"""Runs one step: packs a schedule into tensors, sends it through the model, hands back the wanted logits."""
+"""Runs one step: packs a schedule into tensors, sends it through the model, hands back the wanted
+logits.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from manyhats_kernels import AdapterBatch, AttentionBatch
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Logits of prompt positions: row i predicts token ``first + i + 1`` of the sequence. logits: [rows, V]."""
+    """Logits of prompt positions: row i predicts token ``first + i + 1`` of the sequence. logits:
+    [rows, V].
+    """
 
     item: ScheduledSequence
     first: int
@@ -26,7 +30,9 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class StepLogits:
-    """``sampling``: [B, V], a row for each item of ``sampled`` in order; ``prompts`` for those who want them."""
+    """``sampling``: [B, V], a row for each item of ``sampled`` in order; ``prompts`` for those who
+    want them.
+    """
 
     sampled: Sequence[ScheduledSequence]
     sampling: torch.Tensor
@@ -34,9 +40,13 @@ class StepLogits:
 
 
 class ModelRunner:
-    """The base model with its caches and pools, run on packed batches. Used by the step thread alone."""
+    """The base model with its caches and pools, run on packed batches. Used by the step thread
+    alone.
+    """
 
-    def __init__(self, base: BaseModel, pool: AdapterPool | None, state: StepState, block_size: int) -> None:
+    def __init__(
+        self, base: BaseModel, pool: AdapterPool | None, state: StepState, block_size: int
+    ) -> None:
         self._module = base.module
         self._device = base.device
         self._pool = pool
@@ -52,9 +62,12 @@ class ModelRunner:
         ends = np.cumsum(counts)
         ids = np.fromiter(
             (t for i in items for t in i.sequence.token_ids[i.start : i.start + i.count]),
-            np.int64, int(ends[-1]),
+            np.int64,
+            int(ends[-1]),
         )
-        positions = np.arange(ids.size, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
+        positions = np.arange(ids.size, dtype=np.int64) + np.repeat(
+            starts - (ends - counts), counts
+        )
         self._begin(items, counts, starts)
         try:
             wanted, prompts = _wanted_rows(items, ends - counts, ends)
@@ -72,9 +85,15 @@ class ModelRunner:
         self, items: Sequence[ScheduledSequence], counts: np.ndarray, starts: np.ndarray
     ) -> None:
         attention = AttentionBatch.build(
-            counts, starts + counts, [i.sequence.block_ids for i in items], self._block_size, self._device
+            counts,
+            starts + counts,
+            [i.sequence.block_ids for i in items],
+            self._block_size,
+            self._device,
         )
-        slots = np.repeat(np.fromiter((i.sequence.slot for i in items), np.int64, len(items)), counts)
+        slots = np.repeat(
+            np.fromiter((i.sequence.slot for i in items), np.int64, len(items)), counts
+        )
         num_slots = self._pool.slots if self._pool is not None else 0
         adapters = AdapterBatch.build(slots, num_slots, self._device)
         sites_of_slot = self._pool.sites_of_slot if self._pool is not None else ()
@@ -86,7 +105,8 @@ def _wanted_rows(
 ) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """Packed rows that must meet the head: prompt rows first, then the sampling rows in order.
 
-    The second value tells, for each item with prompt rows: (index of the item, first position, row count).
+    The second value tells, for each item with prompt rows: (index of the item, first position, row
+    count).
     """
     prompts: list[tuple[int, int, int]] = []
     rows: list[np.ndarray] = []
@@ -102,7 +122,9 @@ def _wanted_rows(
 
 
 def _split(
-    items: Sequence[ScheduledSequence], logits: torch.Tensor, prompts: Sequence[tuple[int, int, int]]
+    items: Sequence[ScheduledSequence],
+    logits: torch.Tensor,
+    prompts: Sequence[tuple[int, int, int]],
 ) -> StepLogits:
     offset = 0
     pieces: list[PromptRows] = []

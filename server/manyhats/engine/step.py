@@ -11,11 +11,12 @@ from manyhats_kernels import AdapterBatch, AttentionBatch
 
 
 class StepState:
-    """The running step's plan, shared by every adapted layer of one model. Set and read on the step thread.
+    """The running step's plan, shared by every adapted layer of one model. Set and read on the step
+    thread.
 
-    ``active_sites`` has bit i set where some worn adapter does something at site i; ``worn_slots`` has bit s
-    set where a token of the step wears slot s. Both are 0 in a step of base tokens alone, so that those pay for
-    one test a layer.
+    ``active_sites`` has bit i set where some worn adapter does something at site i; ``worn_slots``
+    has bit s set where a token of the step wears slot s. Both are 0 in a step of base tokens alone,
+    so that those pay for one test a layer.
     """
 
     __slots__ = ("_adapters", "_attention", "active_sites", "worn_slots")
@@ -43,7 +44,7 @@ class StepState:
     def begin(
         self, attention: AttentionBatch, adapters: AdapterBatch, sites_of_slot: Sequence[int]
     ) -> None:
-        """Sets the plan of the next forward pass. ``sites_of_slot[s]``: bitmask of slot s's sites."""
+        """Sets the next pass's plan. ``sites_of_slot[s]``: bitmask of slot s's sites."""
         self._attention = attention
         self._adapters = adapters
         self.active_sites, self.worn_slots = _masks(adapters.worn, sites_of_slot)

@@ -135,13 +135,12 @@ def parse_settings(config: Mapping[str, object], limits: AdapterLimits) -> LoraS
     # PEFT itself corrects a flag that does not fit the layer's type, and it matters to merging
     # alone
     _boolean(config, "fan_in_fan_out")
-    rank = config.get("r", 8)
     bias = config.get("bias", "none")
     if not isinstance(bias, str) or bias not in _BIAS_MODES:
         raise _bad("bias", bias, "one of none, all, lora_only")
     layers, layers_pattern = _layers(config)
     settings = LoraSettings(
-        r=_rank("r", rank, limits),
+        r=_rank("r", config.get("r", 8), limits),
         lora_alpha=_alpha("lora_alpha", config.get("lora_alpha", 8)),
         rank_pattern={
             k: _rank("rank_pattern", v, limits) for k, v in _object(config, "rank_pattern")

@@ -58,7 +58,9 @@ class PatternTable(Generic[_Value]):
     """``rank_pattern`` or ``alpha_pattern``: the first key that matches a name's end decides."""
 
     def __init__(self, patterns: Mapping[str, _Value], field: str, matcher: Matcher) -> None:
-        self._keys = [(key, is_literal(key), value) for key, value in patterns.items()]
+        self._keys: list[tuple[str, bool, _Value]] = [
+            (key, is_literal(key), value) for key, value in patterns.items()
+        ]
         self._field = field
         self._matcher = matcher
 

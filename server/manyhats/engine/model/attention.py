@@ -1,4 +1,4 @@
-"""Puts our attention into a transformers model, and finds out by a probe what its cache must hold."""
+"""Puts our attention into a model; finds out by a probe what its cache must hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from manyhats.errors import ConfigError
 IMPLEMENTATION = "manyhats"
 _PROBE = "manyhats_probe"
 _HARMLESS = frozenset(
-    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position", "is_causal"}
+    {
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "cache_position",
+        "is_causal",
+    }
 )
 
 
@@ -49,20 +56,25 @@ def _probe(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Records the shapes and refuses what the paged attention would not honour; answers with zeros."""
+    """Records the shapes and refuses what the paged attention cannot honour; answers zeros."""
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
     if unknown:
         raise ConfigError(
-            f"model: {type(module).__name__} passes {', '.join(unknown)} to its attention, which is not "
+            f"model: {type(module).__name__} passes {', '.join(unknown)} to its attention, which "
+            f"is not "
             "supported",
             param="model",
         )
     if getattr(module, "is_causal", True) is False:
         raise ConfigError(f"model: {type(module).__name__} is not causal", param="model")
     if key.shape[-1] != value.shape[-1]:
-        raise ConfigError("model: keys and values of different sizes are not supported", param="model")
+        raise ConfigError(
+            "model: keys and values of different sizes are not supported", param="model"
+        )
     module.manyhats_shape = AttentionShape(  # type: ignore[assignment]
-        heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[-1],
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        head_dim=query.shape[-1],
         sliding_window=sliding_window,
     )
     return torch.zeros_like(query).transpose(1, 2), None
@@ -78,8 +90,9 @@ AttentionMaskInterface.register(_PROBE, _no_mask)
 def probe_attention(model: PreTrainedModel) -> list[tuple[nn.Module, AttentionShape]]:
     """The model's attention modules in order, with what each one's cache must hold.
 
-    Runs two tokens through the model with a recording attention. Raises ConfigError where the architecture
-    does not go through transformers' attention interface in every layer, or asks of it what ours cannot do.
+    Runs two tokens through the model with a recording attention. Raises ConfigError where the
+    architecture does not go through transformers' attention interface in every layer, or asks of it
+    what ours cannot do.
     """
     model.set_attn_implementation(_PROBE)
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
@@ -89,9 +102,9 @@ def probe_attention(model: PreTrainedModel) -> list[tuple[nn.Module, AttentionSh
     layers = int(model.config.get_text_config().num_hidden_layers)
     if len(found) != layers:
         raise ConfigError(
-            f"model: {type(model).__name__} sends {len(found)} of its {layers} layers through the attention "
-            "interface; only decoder-only models that send all of them are served",
+            f"model: {type(model).__name__} sends {len(found)} of its {layers} layers through the "
+            "attention interface; only decoder-only models that send all of them are served",
             param="model",
         )
     model.set_attn_implementation(IMPLEMENTATION)
-    return found  # type: ignore[return-value]
+    return found

@@ -14,9 +14,9 @@ from manyhats.config import Settings
 def base_digest(config: PreTrainedConfig, source: str, settings: Settings) -> str:
     """SHA-256 over the weights' identity and how they are held (quantization, dtype).
 
-    For a local folder the identity is each weight file's content (remembered by path, size and time under
-    ``home``, since a large model takes long to read); for a hub model its name and commit, which the hub
-    guarantees.
+    For a local folder the identity is each weight file's content (remembered by path, size and time
+    under ``home``, since a large model takes long to read); for a hub model its name and commit,
+    which the hub guarantees.
     """
     folder = Path(source)
     if folder.is_dir():

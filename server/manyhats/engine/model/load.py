@@ -1,4 +1,6 @@
-"""Loads the base model: transformers' own classes, quantized by bitsandbytes, with our attention put in."""
+"""Loads the base model: transformers' own classes, quantized by bitsandbytes, with our attention
+put in.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP3
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The base model in memory. ``layers``: its attention modules in order and what their caches must hold."""
+    """The base model in memory. ``layers``: its attention modules in order and what their caches
+    must hold.
+    """
 
     name: str
     module: PreTrainedModel
@@ -72,8 +76,12 @@ def load_base(settings: Settings) -> BaseModel:
         module, tokenizer, name=name, digest=digest, dtype=dtype, max_context=settings.max_context
     )
     logger.info(
-        "base model %s (%s, %s on %s) in %.1f s", name, settings.quantization.value,
-        settings.dtype.value, device, time.monotonic() - started,
+        "base model %s (%s, %s on %s) in %.1f s",
+        name,
+        settings.quantization.value,
+        settings.dtype.value,
+        device,
+        time.monotonic() - started,
     )
     return base
 
@@ -84,33 +92,53 @@ def _load_module(
     kept = kept_copy(settings.home, digest)
     if kept is not None:
         # Carries its own quantization config.
-        return AutoModelForCausalLM.from_pretrained(kept, dtype=dtype, device_map={"": device}).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            kept, dtype=dtype, device_map={"": device}
+        ).eval()
     module = AutoModelForCausalLM.from_pretrained(
-        source, revision=settings.revision, dtype=dtype, device_map={"": device},
-        use_safetensors=True, **quantization_config(settings.quantization, dtype),
+        source,
+        revision=settings.revision,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        **quantization_config(settings.quantization, dtype),
     ).eval()
     keep_copy(module, settings.quantization, settings.home, digest)
     return module
 
 
 def wrap_base(
-    module: PreTrainedModel, tokenizer: Any, *, name: str, digest: str, dtype: torch.dtype,
+    module: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    name: str,
+    digest: str,
+    dtype: torch.dtype,
     max_context: int | None = None,
 ) -> BaseModel:
-    """Probes and describes a model that is in memory already; its attention is ours from then on."""
+    """Probes and describes a model in memory; its attention is ours from then on."""
     config = module.config.get_text_config()
     limit = int(config.max_position_embeddings)
     if max_context is not None and max_context > limit:
         raise ConfigError(
-            f"max_context: {max_context} is over the model's own {limit} tokens", param="max_context"
+            f"max_context: {max_context} is over the model's own {limit} tokens",
+            param="max_context",
         )
     wrapped = ModelTokenizer(tokenizer)
     spec = describe(module, digest)
     layers = probe_attention(module)
     return BaseModel(
-        name=name, module=module, tokenizer=wrapped, spec=spec, layers=layers, dtype=dtype,
-        device=module.device, context_len=max_context or limit, vocab_size=int(config.vocab_size),
-        eos_token_ids=_eos_token_ids(module, wrapped), created=int(time.time()),
+        name=name,
+        module=module,
+        tokenizer=wrapped,
+        spec=spec,
+        layers=layers,
+        dtype=dtype,
+        device=module.device,
+        context_len=max_context or limit,
+        vocab_size=int(config.vocab_size),
+        eos_token_ids=_eos_token_ids(module, wrapped),
+        created=int(time.time()),
     )
 
 
@@ -120,7 +148,8 @@ def resolve_device(device: Device) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"device: cuda was asked for and this torch ({torch.__version__}) sees none", param="device"
+            f"device: cuda was asked for and this torch ({torch.__version__}) sees none",
+            param="device",
         )
     return torch.device("cuda", torch.cuda.current_device())
 

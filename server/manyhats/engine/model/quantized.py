@@ -1,13 +1,13 @@
-"""Quantized weights, made once: bitsandbytes takes seconds to minutes to quantize on a CPU, and no time to read.
+"""Quantized weights, made once: bitsandbytes takes seconds to minutes to quantize on a CPU, and no
+time to read.
 
-Kept under ``home/quantized/<base digest>`` as transformers writes them (safetensors), so any later start reads 4-bit
-weights straight into memory.
+Kept under ``home/quantized/<base digest>`` as transformers writes them (safetensors), so any later
+start reads 4-bit weights straight into memory.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -38,10 +38,11 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> dict[str, Any
 
 
 def settle_cpu_layout(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights where its CPU kernel would be wrong or would fail.
+    """Keeps bitsandbytes from repacking 4-bit weights where its CPU kernel would be wrong or would
+    fail.
 
-    That kernel rounds activations to bf16 whatever their dtype, and takes only outputs that are a multiple of
-    32; elsewhere the weights are dequantized and multiplied in ``dtype``.
+    That kernel rounds activations to bf16 whatever their dtype, and takes only outputs that are a
+    multiple of 32; elsewhere the weights are dequantized and multiplied in ``dtype``.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit) and (
@@ -57,7 +58,8 @@ def kept_copy(home: Path, digest: str) -> Path | None:
 
 
 def keep_copy(model: PreTrainedModel, kind: Quantization, home: Path, digest: str) -> None:
-    """Writes the quantized copy for the next start; must come before the model's first forward pass.
+    """Writes the quantized copy for the next start; must come before the model's first forward
+    pass.
 
     A full disk only costs the next start its time, so an OSError is logged and let go.
     """
@@ -68,7 +70,7 @@ def keep_copy(model: PreTrainedModel, kind: Quantization, home: Path, digest: st
     folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
     try:
         model.save_pretrained(folder)
-        os.replace(folder, parent / digest)
+        folder.replace(parent / digest)
     except OSError as error:
         logger.warning("the quantized weights could not be kept under %s: %s", parent, error)
     finally:

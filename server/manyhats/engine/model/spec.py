@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +16,8 @@ from manyhats.adapters.parts import BaseSpec, SiteKind, SiteSpec
 def describe(model: PreTrainedModel, digest: str) -> BaseSpec:
     """The model's sites in its own order: linear layers, norms, embeddings and the head.
 
-    Biases are copied to the CPU in fp32 (adapters that train biases are kept as differences to them).
+    Biases are copied to the CPU in fp32 (adapters that train biases are kept as differences to
+    them).
     """
     head = model.get_output_embeddings()
     sites: dict[str, SiteSpec] = {}
@@ -35,21 +36,7 @@ def site_modules(model: PreTrainedModel, spec: BaseSpec) -> Mapping[str, nn.Modu
     return {name: modules[name] for name in spec.sites}
 
 
-def dequantized_weight(module: nn.Module) -> torch.Tensor:
-    """A linear module's weight as the matrix product uses it, [out, in], in its compute dtype.
-
-    4-bit weights are dequantized by bitsandbytes itself (call it before the first forward pass on a CPU, which
-    repacks them); int8 ones row by row.
-    """
-    weight = module.weight
-    if isinstance(weight, bnb.nn.Params4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        return bnb.functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
-    return weight.data.t() if isinstance(module, Conv1D) else weight.data
-
-
-def _site(name: str, module: nn.Module, *, is_head: bool) -> SiteSpec | None:
+def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
     bias = getattr(module, "bias", None)
     bias = bias.detach().float().cpu().clone() if isinstance(bias, torch.Tensor) else None
     if isinstance(module, Conv1D):
@@ -59,7 +46,9 @@ def _site(name: str, module: nn.Module, *, is_head: bool) -> SiteSpec | None:
         return SiteSpec(name, kind, module.in_features, module.out_features, False, bias)
     if isinstance(module, nn.Embedding):
         return SiteSpec(name, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim)
-    if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), torch.Tensor):
+    if "Norm" in type(module).__name__ and isinstance(
+        getattr(module, "weight", None), torch.Tensor
+    ):
         size = int(module.weight.numel())
         return SiteSpec(name, SiteKind.NORM, size, size, False, bias)
     return None

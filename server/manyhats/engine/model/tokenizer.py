@@ -17,14 +17,15 @@ from manyhats.errors import ConfigError
 class ModelTokenizer:
     """Implements ``engine.interface.Tokenizer`` over a fast transformers tokenizer.
 
-    The chat template is the model's own, run by transformers in jinja's immutable sandbox; a request can
-    neither bring a template nor arguments for it.
+    The chat template is the model's own, run by transformers in jinja's immutable sandbox; a
+    request can neither bring a template nor arguments for it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigError(
-                f"model: its tokenizer ({type(tokenizer).__name__}) has no fast version (tokenizer.json)",
+                f"model: its tokenizer ({type(tokenizer).__name__}) has no fast version "
+                f"(tokenizer.json)",
                 param="model",
             )
         self._hf: Any = tokenizer
@@ -32,7 +33,8 @@ class ModelTokenizer:
     @property
     def backend(self) -> tokenizers.Tokenizer:
         """The Rust tokenizer underneath (for incremental decoding and grammars)."""
-        return self._hf.backend_tokenizer
+        backend: tokenizers.Tokenizer = self._hf.backend_tokenizer
+        return backend
 
     @property
     def eos_token_id(self) -> int | None:
@@ -41,7 +43,9 @@ class ModelTokenizer:
         return None if eos is None else int(eos)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``. ``add_special_tokens`` adds what the model's post-processor adds (BOS, say)."""
+        """Token ids of ``text``. ``add_special_tokens`` adds what the model's post-processor adds
+        (BOS, say).
+        """
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -49,11 +53,15 @@ class ModelTokenizer:
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
-        """One token as text; bytes that are no whole UTF-8 character show as replacement characters."""
+        """One token as text; bytes that are no whole UTF-8 character show as replacement
+        characters.
+        """
         return str(self.backend.decode([token_id], skip_special_tokens=False))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """One token's own bytes, also where it is only a part of a UTF-8 character (byte-level vocabularies)."""
+        """One token's own bytes, also where it is only a part of a UTF-8 character (byte-level
+        vocabularies).
+        """
         piece = self.backend.id_to_token(token_id)
         if piece is None:
             return b""
@@ -62,7 +70,9 @@ class ModelTokenizer:
         return bytes(_BYTE_OF[char] for char in piece if char in _BYTE_OF)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The model's chat template over ``messages`` with the generation prompt. Raises ChatTemplateError."""
+        """The model's chat template over ``messages`` with the generation prompt. Raises
+        ChatTemplateError.
+        """
         if not self._hf.chat_template:
             raise ChatTemplateError("the base model has no chat template; use /v1/completions")
         try:
