@@ -48,6 +48,7 @@ OTHER = {
     "device": "cpu",
     "host": "127.0.0.2",
     "log_level": "debug",
+    "kernels": "torch",
 }
 
 

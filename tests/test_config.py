@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from manyhats.config import Quantization, Settings
+from manyhats.config import Quantization, Settings, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +88,9 @@ def test_rows_follow_slots_and_rank():
     assert Settings(slots=32, max_rank=64).rows == 512
     assert Settings(slots=1, max_rank=64).rows == 64
     assert Settings(slots=32, pool_rows=100, max_rank=64).rows == 100
+
+
+def test_unknown_variables_are_found(monkeypatch):
+    monkeypatch.setenv("MANYHATS_SLOT", "4")
+    monkeypatch.setenv("MANYHATS_SLOTS", "4")
+    assert unknown_variables() == ["MANYHATS_SLOT"]

@@ -145,18 +145,11 @@ class AttentionBatch:
         )
         lengths = np.fromiter((len(t) for t in block_tables), np.int64, len(block_tables))
         _check_lengths(query, context, lengths, block_size)
-        tables = np.full((query.size, int(lengths.max(initial=0))), -1, np.int32)
-        if tables.size:
-            flat = np.concatenate([np.asarray(t, np.int32) for t in block_tables if len(t)])
-            tables[np.arange(tables.shape[1]) < lengths[:, None]] = flat
+        tables, used = _padded(block_tables, lengths, -(-context // block_size))
         start = np.zeros(query.size + 1, np.int64)
         np.cumsum(query, out=start[1:])
         sequence = np.repeat(np.arange(query.size), query)
         position = np.arange(int(start[-1])) + (context - query - start[:-1])[sequence]
-        used = np.arange(tables.shape[1]) < (-(-context // block_size))[:, None]
-        if (tables[used] < 0).any():
-            at = int(np.argmax(((tables < 0) & used).any(axis=1)))
-            raise ValueError(f"block_tables[{at}] has a negative block id within its context")
         block = tables[sequence, position // block_size].astype(np.int64)
         on = torch.device(device)
         tensors = (
@@ -186,6 +179,21 @@ class AttentionBatch:
                 tensors[3].data_ptr(),
             ),
         )
+
+
+def _padded(
+    block_tables: Sequence[Sequence[int]], lengths: IntArray, needed: IntArray
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """The tables as one array padded with -1, and which of its entries a context needs."""
+    tables = np.full((lengths.size, int(lengths.max(initial=0))), -1, np.int32)
+    if tables.size:
+        flat = np.concatenate([np.asarray(t, np.int32) for t in block_tables if len(t)])
+        tables[np.arange(tables.shape[1]) < lengths[:, None]] = flat
+    used = np.arange(tables.shape[1]) < needed[:, None]
+    if (tables[used] < 0).any():
+        at = int(np.argmax(((tables < 0) & used).any(axis=1)))
+        raise ValueError(f"block_tables[{at}] has a negative block id within its context")
+    return tables, used
 
 
 def _check_lengths(query: IntArray, context: IntArray, tables: IntArray, block_size: int) -> None:

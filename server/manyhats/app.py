@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -110,8 +111,12 @@ def serve(settings: Settings) -> None:
     application = build(settings)
     if settings.register_roots:
         register_roots(application)
+    # uvicorn raises the signal again once it has shut down: all is done then, and nothing failed.
+    signal.signal(signal.SIGTERM, _ended)
     try:
         _Server(application).run()
+    except KeyboardInterrupt:
+        logger.info("interrupted; the running requests have ended")
     finally:
         for close in application.closing:
             close()
@@ -147,6 +152,10 @@ async def _lifespan(_app: FastAPI, *, engine: Engine, settings: Settings) -> Asy
     finally:
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
+
+
+def _ended(_signal: int, _frame: FrameType | None) -> None:
+    """The default action would kill the process before it has closed its files."""
 
 
 class _Server(uvicorn.Server):

@@ -22,7 +22,7 @@ def banner(settings: Settings, address: str, engine: EngineClient, adapters: Seq
     """The text of ``announce``."""
     model = engine.model
     keys = bool(settings.api_keys or settings.admin_api_keys)
-    key = ' -H "Authorization: Bearer $MANYHATS_KEY"' if keys else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if keys else ""
     how = f"{model.quantization}, {model.dtype}, {model.device}, kernels: {model.kernel_backend}"
     open_door = "" if keys else "No API key is configured: only this machine can connect.\n"
     shown = ", ".join(adapters[:12]) + (

@@ -18,7 +18,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from manyhats import __version__
-from manyhats.config import Settings
+from manyhats.config import Settings, unknown_variables
 from manyhats.errors import ConfigError
 
 app = typer.Typer(
@@ -45,6 +45,8 @@ def _fail(message: str) -> NoReturn:
 
 def _settings(given: dict[str, Any]) -> Settings:
     """Flags in ``given`` over the environment over defaults. Exits with 2 on a bad one."""
+    if unknown := unknown_variables():
+        _fail(f"{', '.join(unknown)}: no such setting; `manyhats serve --help` lists them")
     try:
         return Settings(**given)
     except ValidationError as error:

@@ -7,6 +7,7 @@ a flag wins.
 from __future__ import annotations
 
 import enum
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,25 @@ class Device(enum.StrEnum):
     CUDA = "cuda"
 
 
+class Kernels(enum.StrEnum):
+    """The kernel backends by name; ``auto`` is the fastest that works here."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TORCH = "torch"
+    NATIVE = "native"
+    TRITON = "triton"
+
+
+class LogLevel(enum.StrEnum):
+    """What is logged: messages of this level and above."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 class Settings(BaseSettings):
     """The server's settings; sizes say their unit in their name or description."""
 
@@ -65,10 +85,7 @@ class Settings(BaseSettings):
     )
     dtype: Dtype = Field(default=Dtype.BF16, description="Activations, KV cache and adapters.")
     device: Device = Field(default=Device.AUTO, description="auto takes CUDA where it is present.")
-    kernels: str = Field(
-        default="auto",
-        description="Kernel backend by name (auto, reference, torch, native, triton).",
-    )
+    kernels: Kernels = Field(default=Kernels.AUTO, description="Kernel backend.")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads for the engine."
     )
@@ -146,7 +163,7 @@ class Settings(BaseSettings):
         ge=1,
         description="Adapters with a label of their own in /metrics; the rest are 'other'.",
     )
-    log_level: str = Field(default="info", description="debug, info, warning, error.")
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
     @field_validator("home")
     @classmethod
@@ -167,3 +184,10 @@ class Settings(BaseSettings):
     def rows(self) -> int:
         """Rank rows per site on the device."""
         return self.pool_rows if self.pool_rows is not None else max(16 * self.slots, self.max_rank)
+
+
+def unknown_variables() -> list[str]:
+    """MANYHATS_* variables of the environment that no setting reads: misspelt ones, most likely."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = {prefix + name.upper() for name in Settings.model_fields}
+    return sorted(v for v in os.environ if v.startswith(prefix) and v.upper() not in known)
