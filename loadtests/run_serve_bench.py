@@ -87,7 +87,8 @@ async def start_servers(
         wanted[BASE_ONLY] = [*common, "--no-adapter-layers"]
     servers = {}
     for name, flags in wanted.items():
-        server = ServerProcess(flags, args.work / f"{name}.log")
+        home = args.work / name  # a registry belongs to one process
+        server = ServerProcess([*flags, "--home", str(home)], args.work / f"{name}.log")
         stack.callback(server.stop)
         tqdm.write(f"{name}: ready after {await server.wait_ready():.1f} s", file=sys.stderr)
         servers[name] = server

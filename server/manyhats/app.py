@@ -62,7 +62,7 @@ def build(settings: Settings) -> Application:
         settings.kernels, device=resolve_device(settings.device), home=settings.home
     )
     logger.info("kernels: %s (%s)", kernels.backend.name, kernels.reason)
-    base = load_base(settings)
+    base = load_base(settings, kernels.backend)
     # Adapters belong to a base: another base under the same home has a folder of its own.
     folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
     store = AdapterStore(folder / "adapters")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.config import Settings
+from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import load_base
 from manyhats.types import Digest
 
@@ -30,7 +31,9 @@ NEW_TOKENS = 16
 @pytest.fixture(scope="module")
 def base(smollm2_path):
     """The base in NF4, from the real home: the quantized copy is kept there."""
-    return load_base(Settings(model=str(smollm2_path)))
+    settings = Settings(model=str(smollm2_path))
+    kernels = resolve_kernels("native", device=torch.device("cpu"), home=settings.home)
+    return load_base(settings, kernels.backend)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from manyhats_kernels.backend import (
     check_lora,
     check_run,
     check_store,
+    check_unpack4,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.cpu import attend_sequence
@@ -37,6 +38,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         _L,
         [_I, _I, _P, _P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _P, _P, _L, _L, _L, _F, _L, _F],
     ),
+    "mh_unpack4": (None, [_I, _P, _P, _P, _P, _L, _L, _L]),
 }
 
 
@@ -60,6 +62,7 @@ class NativeBackend:
         self._bias_add = library.mh_bias_add
         self._store_kv = library.mh_store_kv
         self._attention = library.mh_attention
+        self._unpack4 = library.mh_unpack4
 
     @classmethod
     def load(cls, cache_dir: Path) -> NativeBackend:
@@ -225,6 +228,20 @@ class NativeBackend:
                         out, q, k_cache, v_cache, batch, sequence, scale, sliding_window, soft_cap
                     )
         return out
+
+    def unpack4(self, out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor) -> None:
+        """See :meth:`manyhats_kernels.backend.Unpacker.unpack4`."""
+        check_unpack4(out, packed, absmax, code)
+        self._unpack4(
+            torch.get_num_threads(),
+            out.data_ptr(),
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            code.data_ptr(),
+            out.size(0),
+            out.size(1),
+            out.size(1) // absmax.size(0),
+        )
 
 
 def _check_memory(failed: int) -> None:

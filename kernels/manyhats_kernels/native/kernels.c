@@ -209,3 +209,5 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
     free(g.scratch);
     return failed;
 }
+
+#include "packed4.h"
