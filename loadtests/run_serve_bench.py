@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -168,8 +168,8 @@ async def warm_all(load: Load, plan: Plan, servers: dict[str, ServerProcess]) ->
         await run_cell(replace(at, output_tokens=8), full)
 
 
-async def run(args: argparse.Namespace) -> list[Row]:
-    """Starts everything, runs the rounds, stops everything."""
+async def run(args: argparse.Namespace, keep: Callable[[list[Row]], None]) -> list[Row]:
+    """Starts everything, runs the rounds, stops everything; ``keep`` gets the rows so far."""
     adapters = args.work / "adapters"
     config = args.model / "config.json"
     count = max(*args.adapters, 1)
@@ -198,8 +198,10 @@ async def run(args: argparse.Namespace) -> list[Row]:
         await warm_all(load, plan, servers)
         for number in range(1, args.rounds + 1):
             samples += await one_round(number, load, plan, servers, peers)
-        memory = {name: server.peak_mib() for name, server in servers.items()}
-    return reduce_rounds(samples, memory)
+            memory = {name: server.peak_mib() for name, server in servers.items()}
+            rows = reduce_rounds(samples, memory)
+            keep(rows)
+    return rows
 
 
 def _numbers(text: str) -> list[int]:
@@ -221,7 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--adapters", type=_numbers, default=[0, 1, 8, 32])
     p.add_argument("--input-tokens", type=int, default=128)
     p.add_argument("--output-tokens", type=int, default=128)
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, choices=range(1, 101), metavar="N", default=3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--quick", action="store_true", help="one wave of requests a cell instead of two"
@@ -256,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     started = datetime.now(UTC)
     args = parse(argv)
-    rows = asyncio.run(run(args))
     out = args.out or HERE / "results" / f"serve_bench-{started:%Y%m%d-%H%M}.csv"
-    write_csv(out, rows, environment(started, args))
+    # After every round, so that a run that is cut short keeps what it has measured.
+    rows = asyncio.run(run(args, lambda rows: write_csv(out, rows, environment(started, args))))
     print(render(rows))
     print()
     missed = 0

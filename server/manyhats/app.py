@@ -92,8 +92,7 @@ def build(settings: Settings) -> Application:
         metrics=metrics,
         grammar=engine.grammars,
     )
-    api = create_api(state, [admin.router])
-    api.router.lifespan_context = partial(_lifespan, engine=engine, settings=settings)
+    api = create_api(state, [admin.router], partial(_lifespan, engine=engine))
     return Application(settings, engine, adapters, api, closing=(registry.close, store.close))
 
 
@@ -145,7 +144,7 @@ def _compile_folder(folder: Path, *, settings: Settings, base: BaseModel) -> Com
 
 
 @asynccontextmanager
-async def _lifespan(_app: FastAPI, *, engine: Engine, settings: Settings) -> AsyncIterator[None]:
+async def _lifespan(_app: FastAPI, *, engine: Engine) -> AsyncIterator[None]:
     engine.loop.start()
     try:
         yield

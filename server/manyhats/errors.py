@@ -109,10 +109,10 @@ class ConflictError(RequestError):
 class AdapterRejectedError(RequestError):
     """An adapter that cannot be served exactly, with the reason.
 
-    ``reason`` is a stable machine-readable code such as ``unsupported_family``,
-    ``no_module_matched``, ``unused_tensors``, ``missing_tensors``, ``shape_mismatch``,
-    ``non_finite``, ``bad_header``, ``bad_config``, ``too_large``, ``rank_too_large``,
-    ``unsupported_dtype``, ``path_not_allowed``, ``missing_file``.
+    ``reason`` is a stable machine-readable code: ``unsupported_family``, ``unsupported_feature``,
+    ``unsupported_site``, ``no_module_matched``, ``unused_tensors``, ``missing_tensors``,
+    ``shape_mismatch``, ``rank_too_large``, ``unsupported_dtype``, ``non_finite``, ``bad_header``,
+    ``bad_config``, ``pickle_refused``, ``too_large``, ``path_not_allowed``, ``missing_file``.
     """
 
     code = "adapter_rejected"

@@ -1,6 +1,7 @@
 """Liveness, readiness, version, metrics."""
 
-from support.api import Api
+import pytest
+from support.api import Api, settings_of
 from support.fake_engine import FakeEngine
 
 import manyhats
@@ -63,3 +64,9 @@ def test_odd_methods_share_a_label():
     odd = [name for name in api.series() if "ODD" in name]
     assert odd == []
     assert any('method="other"' in name for name in api.series())
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
+def test_documentation_pages_are_there_only_without_keys(path):
+    assert Api().get(path).status_code == 200
+    assert Api(settings=settings_of(api_keys=("secret",))).get(path).status_code == 404

@@ -125,7 +125,10 @@ def test_a_run_visits_every_cell_every_round_and_writes_them(
         ["--model", str(tmp_path), "--work", str(tmp_path / "w"), "--rounds", "2",
          "--concurrency", "1,4", "--adapters", "0,1,3"]
     )  # fmt: skip
-    rows = asyncio.run(driver.run(args))
+    kept: list[Any] = []
+    rows = asyncio.run(driver.run(args, kept.append))
+    assert len(kept) == 2
+    assert kept[-1] == rows
 
     ours = [cell for url, cell in visited if url == "http://manyhats"]
     plain = [cell for url, cell in visited if url != "http://manyhats"]

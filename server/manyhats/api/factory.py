@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from fastapi import APIRouter, FastAPI
 from starlette.middleware import Middleware
 
 import manyhats
 from manyhats.api import openai, ops
+from manyhats.api.auth import KeyRing
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.api.logprobs import TokenLabels
@@ -16,13 +18,19 @@ from manyhats.api.middleware import RequestContextMiddleware
 from manyhats.api.state import ApiState
 
 
-def create_api(state: ApiState, routers: Sequence[APIRouter] = ()) -> FastAPI:
+def create_api(
+    state: ApiState,
+    routers: Sequence[APIRouter] = (),
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
     """The application over ``state``: OpenAI's routes and operations, then ``routers`` (admin's,
-    say).
+    say); ``lifespan`` surrounds its running.
 
-    Also makes ``state.metrics`` read the engine's snapshot at every scrape.
+    Also makes ``state.metrics`` read the engine's snapshot at every scrape. The documentation pages
+    know no keys, so they are there only while no key is configured.
     """
     settings = state.settings
+    open_door = KeyRing.of(settings).is_open
     limits = Middleware(
         BodyLimitMiddleware,
         json_bytes=settings.max_body_kb << 10,
@@ -31,6 +39,8 @@ def create_api(state: ApiState, routers: Sequence[APIRouter] = ()) -> FastAPI:
     app = FastAPI(
         title="Manyhats",
         version=manyhats.__version__,
+        lifespan=lifespan,
+        openapi_url="/openapi.json" if open_door else None,
         middleware=[Middleware(RequestContextMiddleware, count=state.metrics.http), limits],
     )
     app.state.manyhats = state

@@ -32,7 +32,7 @@ _SNAPSHOT_INTERVAL_S = 0.1
 class EngineLoop:
     """Owns the scheduler, the runner and everything they change; nothing else touches them.
 
-    ``start``, ``submit``, ``abort``, ``stats``, ``drain`` and ``stop`` may be called from any
+    ``start``, ``submit``, ``abort``, ``stats``, ``close_door`` and ``stop`` may be called from any
     thread; the rest runs on the step thread. ``deliver`` is called there too, once a step, with all
     that the step made. ``snapshot`` makes the statistics from (steps, failed steps).
     """
@@ -71,7 +71,6 @@ class EngineLoop:
         self._waiting = 0  # sequences in the scheduler's queue
         self._draining = False
         self._stopping = False
-        self._idle = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
@@ -95,7 +94,6 @@ class EngineLoop:
                     retry_after_s=1.0,
                 )
             self._posted += count
-            self._idle.clear()
             self._mailbox.post(lambda: self._add(request))
 
     def abort(self, request_id: str) -> None:
@@ -114,14 +112,6 @@ class EngineLoop:
     def close_door(self) -> None:
         """Takes nothing new from now on. Waits for nothing: signal handlers may call it."""
         self._draining = True
-
-    def drain(self, timeout_s: float) -> bool:
-        """Takes nothing new and waits for what is there; whether all of it ended within
-        ``timeout_s``.
-        """
-        self.close_door()
-        self._mailbox.post(_nothing)
-        return self._idle.wait(timeout_s)
 
     def stop(self) -> None:
         """Ends the step thread; requests that are still there get a DrainingError."""
@@ -145,14 +135,19 @@ class EngineLoop:
         if self._threads is not None:
             torch.get_num_threads()  # torch sets up a thread's own count at its first use
             torch.set_num_threads(self._threads)
-        ran = False
-        while not self._stopping:
-            if not ran:
-                self._rest()
-            for task in self._mailbox.take(wait=not ran):
-                task()
-            ran = self.step()
-        self._rest()
+        try:
+            ran = False
+            while not self._stopping:
+                if not ran:
+                    self._refresh_stats()  # nothing can be run until somebody posts
+                for task in self._mailbox.take(wait=not ran):
+                    task()
+                ran = self.step()
+            self._refresh_stats()
+        except Exception as error:
+            logger.critical("the step loop has ended by a defect", exc_info=True)
+            self.close_door()
+            self._dismiss(EngineFailedError(f"the engine has failed: {error}"))
 
     def _process(self, schedule: Schedule) -> Sequence[OutputDelta]:
         started = time.monotonic()
@@ -163,11 +158,10 @@ class EngineLoop:
             self._failed_steps += 1
             logger.exception("step %d failed", self._steps)
             failure = EngineFailedError(f"the step that held this request failed: {error}")
-            return [
-                OutputDelta(request_id, 0, error=failure)
-                for request_id in dict.fromkeys(i.sequence.request_id for i in schedule.items)
-                if self._end(request_id)
-            ]
+            failed = list(dict.fromkeys(i.sequence.request_id for i in schedule.items))
+            for request_id in failed:
+                self._end(request_id)
+            return [OutputDelta(request_id, 0, error=failure) for request_id in failed]
         decode = sum(1 for i in schedule.items if i.count == 1)
         self._observer.step(
             time.monotonic() - started, schedule.num_tokens - decode, decode, len(schedule.items)
@@ -228,21 +222,14 @@ class EngineLoop:
 
     def _stop(self) -> None:
         self._stopping = True
-        error = DrainingError("the server stopped before this request was done")
         left = self._post.open_requests()
+        self._dismiss(DrainingError("the server stopped before this request was done"))
         for request_id in left:
             self._end(request_id)
-        self._publish([OutputDelta(request_id, 0, error=error) for request_id in left])
 
-    def _rest(self) -> None:
-        """Nothing can be run now: the figures are made new, and whoever drains is told if all is
-        done.
-        """
-        self._refresh_stats()
-        if not self._scheduler.has_work:
-            with self._door:
-                if not self._posted:
-                    self._idle.set()
+    def _dismiss(self, error: ManyhatsError) -> None:
+        """Tells everybody whose request is still open that it will not be done."""
+        self._deliver([OutputDelta(r, 0, error=error) for r in self._post.open_requests()])
 
     def _publish(self, deltas: Sequence[OutputDelta]) -> None:
         # Before the deltas: who has seen its request end finds it gone from the figures.
@@ -261,7 +248,3 @@ class EngineLoop:
     def _set_waiting(self) -> None:
         with self._door:
             self._waiting = self._scheduler.num_waiting
-
-
-def _nothing() -> None:
-    """Wakes the loop up."""
