@@ -171,7 +171,7 @@ class _Server(uvicorn.Server):
                 port=settings.port,
                 log_config=None,
                 access_log=False,
-                timeout_graceful_shutdown=max(1, math.ceil(settings.drain_s)),
+                timeout_graceful_shutdown=math.ceil(settings.drain_s),
                 timeout_keep_alive=75,
             )
         )

@@ -33,7 +33,6 @@ def at_rest(server) -> bool:
 
 
 def test_a_disconnect_frees_blocks_and_lease(server):
-    base = httpx.get(f"{server.base_url}/v1/models").json()["data"][0]["id"]
     body = {
         "model": "pirate",
         "prompt": "Tell me everything",
@@ -51,7 +50,6 @@ def test_a_disconnect_frees_blocks_and_lease(server):
     assert [
         r["leases"] for r in cache["device"]["resident"] if r["adapter"].startswith("pirate")
     ] == [0]
-    assert base
 
 
 def test_a_full_queue_is_a_429(server):

@@ -6,11 +6,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from manyhats.adapters.parts import CompiledAdapter
@@ -200,14 +199,3 @@ def assert_at_rest(engine: LocalEngine) -> None:
     stats = engine.engine.client.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
     assert [r for r in stats.resident if r.leases] == []
-
-
-__all__ = [
-    "LocalEngine",
-    "Output",
-    "assert_at_rest",
-    "base_of",
-    "params",
-    "replace",
-    "torch",
-]

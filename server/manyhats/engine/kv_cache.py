@@ -47,7 +47,7 @@ def choose_num_blocks(
         if blocks < 1:
             raise ConfigError(
                 f"kv_cache_mb: {kv_cache_mb} MiB holds not one block of {block_size} tokens, "
-                f"which takes "
+                "which takes "
                 f"{-(-per_block >> 20)} MiB",
                 param="kv_cache_mb",
             )

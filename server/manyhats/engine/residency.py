@@ -73,15 +73,11 @@ class AdapterResidency:
         self._device_thread = _threads("adapter-device", 1)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Starts to bring the adapter to the host tier, if it is not known yet; undoes a ``drop``.
-        Thread-safe.
-        """
+        """Starts to bring the adapter to the host tier and undoes a ``drop``. Thread-safe."""
         self._post(lambda: self._prefetch(ref))
 
     def prepare(self, seq: Sequence) -> Admission:
-        """Gets the sequence's adapter on its way; Ready where ``acquire`` would be too. Takes no
-        lease.
-        """
+        """Gets the adapter on its way, takes no lease; Ready where ``acquire`` would be too."""
         return self._ask(seq, lease=False)
 
     def acquire(self, seq: Sequence) -> Admission:
@@ -113,9 +109,7 @@ class AdapterResidency:
             self._forget_if_idle(digest)
 
     def drop(self, ref: AdapterRef) -> None:
-        """Unregisters: no new lease; rows and host bytes go now, or with the last lease. Thread-
-        safe.
-        """
+        """No new lease; rows and host bytes go now, or with the last lease. Thread-safe."""
         self._post(lambda: self._drop(ref.digest))
 
     def residents(self) -> tuple[ResidentAdapter, ...]:
@@ -288,9 +282,7 @@ def _threads(name: str, count: int) -> ThreadPoolExecutor:
 
 
 def _single_threaded() -> None:
-    """Loads leave the cores to the step loop. The first call makes torch set up this thread's own
-    count.
-    """
+    """Loads leave the cores to the step loop. torch sets up a thread's count at its first use."""
     torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -303,7 +295,7 @@ class NoAdapters:
         return Failed(
             AdapterLoadError(
                 f"adapter {seq.adapter} cannot be served: this server was started without adapter "
-                f"layers",
+                "layers",
                 param="model",
             )
         )

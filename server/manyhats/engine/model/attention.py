@@ -61,7 +61,7 @@ def _probe(
     if unknown:
         raise ConfigError(
             f"model: {type(module).__name__} passes {', '.join(unknown)} to its attention, which "
-            f"is not "
+            "is not "
             "supported",
             param="model",
         )

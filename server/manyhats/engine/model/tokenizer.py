@@ -25,7 +25,7 @@ class ModelTokenizer:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigError(
                 f"model: its tokenizer ({type(tokenizer).__name__}) has no fast version "
-                f"(tokenizer.json)",
+                "(tokenizer.json)",
                 param="model",
             )
         self._hf: Any = tokenizer
