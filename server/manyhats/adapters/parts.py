@@ -7,8 +7,8 @@ dotted name). The engine and the kernels know only these parts, so families mix 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
 
@@ -22,6 +22,8 @@ class SiteKind(enum.Enum):
     NORM = "norm"
     EMBEDDING = "embedding"
     HEAD = "head"
+    ATTENTION = "attention"
+    RESIDUAL = "residual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +71,124 @@ class LowRank:
         return int(self.a.shape[0])
 
 
+class Activation(enum.Enum):
+    """The function between the two matrices of a bottleneck, as AdapterHub names it."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_new"
+    SILU = "swish"
+    TANH = "tanh"
+    LEAKY_RELU = "leakyrelu"
+    IDENTITY = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """d = act(x A^T + c) B + e, where A is ``down``, [width, hidden], c ``down_bias``, [width], B
+    ``up``, [width, hidden], the scale folded in, and e ``up_bias``, [hidden], likewise.
+
+    ``parallel``: x is the residual stream as it entered the block (before its norm), and the output
+    is h + d. Otherwise x is h, the stream after the block, and the output is h + d; without
+    ``skip`` it is d alone. ``gate``: [hidden] and ``gate_bias`` multiply d by
+    sigmoid(x . gate + gate_bias) of each token.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    activation: Activation
+    down_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    parallel: bool = False
+    skip: bool = True
+    gate: torch.Tensor | None = None
+    gate_bias: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Attention of a token over the outputs of several bottlenecks (AdapterFusion).
+
+    ``query``, ``key``, ``value``: [hidden, hidden], y = x W^T, with biases [hidden] or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor | None
+    query_bias: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys and values that come before a sequence's own. ``k``, ``v``: [tokens, kv heads, head
+    dim], keys as they lie in the cache (whatever rotation the family applies, applied).
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Replaced rows of an embedding or of the head. ``token_ids``: int64 [n], ascending;
+    ``vectors``: [n, features].
+    """
+
+    token_ids: torch.Tensor
+    vectors: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class SiteParts:
-    """What one adapter does at one site. ``bias``: [out], added to the module's output (trained
-    minus base).
+    """What one adapter does at one site, in this order.
+
+    - linear and head: y = ``output_scale`` * (W (``input_scale`` * x) + base's bias + ``low_rank``
+      of the scaled x) + ``bias``; ``dense``, [out, in], stands in for W. Rows of a head replace
+      rows of W.
+    - embedding: y = W[id], ``rows`` or ``dense`` ([ids, hidden]) instead of W, plus ``low_rank``
+      with A's columns being ids; ``soft_prompt``, [tokens, hidden], are the vectors of the
+      adapter's virtual tokens, taken as they are.
+    - norm: y = ``gain`` * normalized x + base's bias + ``bias``; ``gain`` replaces the weight and
+      is what x is multiplied by (a base that multiplies by 1 + weight has it added already).
+    - residual: the ``bottlenecks`` one after the other; with ``fusion`` side by side.
+    - attention: the ``prefix``.
+
+    ``input_scale``: [in]; ``output_scale``, ``bias``, ``gain``: [out].
     """
 
     low_rank: LowRank | None = None
     bias: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    output_scale: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    rows: Rows | None = None
+    soft_prompt: torch.Tensor | None = None
+    prefix: Prefix | None = None
+    bottlenecks: tuple[Bottleneck, ...] = ()
+    fusion: Fusion | None = None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor held."""
+        yield from _tensors(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        tensors = [self.bias] if self.bias is not None else []
-        if self.low_rank is not None:
-            tensors += [self.low_rank.a, self.low_rank.b]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+
+def _tensors(part: object) -> Iterator[torch.Tensor]:
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from _tensors(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for item in fields(part):
+            yield from _tensors(getattr(part, item.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +196,16 @@ class CompiledAdapter:
     """An adapter version in canonical form, on the host. ``family`` is as trained (``lora``,
     ``rslora``).
 
-    ``sites`` has an entry only where the adapter does something.
+    ``sites`` has an entry only where the adapter does something. ``virtual_tokens`` come before
+    every prompt, at the positions 0 up to their number: a soft prompt gives their embeddings, a
+    prefix their keys and values in every layer.
     """
 
     digest: Digest
     family: str
     sites: Mapping[str, SiteParts]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    virtual_tokens: int = 0
 
     @property
     def nbytes(self) -> int:
