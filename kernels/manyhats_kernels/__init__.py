@@ -1,6 +1,6 @@
 """Kernels for batches whose tokens wear different adapters; knows nothing of the server around."""
 
-from manyhats_kernels.backend import Backend, BackendUnavailableError, SiteRows, Unpacker
+from manyhats_kernels.backend import Backend, BackendUnavailableError, SiteRows
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.dispatch import Resolved, resolve
 
@@ -11,6 +11,5 @@ __all__ = [
     "BackendUnavailableError",
     "Resolved",
     "SiteRows",
-    "Unpacker",
     "resolve",
 ]

@@ -98,9 +98,8 @@ class FourBit(Protocol):
         x: Tensor,
         weight: FourBitWeight,
         bias: Tensor | None = None,
-        expand: Expand | None = None,
     ) -> Tensor:
-        """``x @ W.T + bias``, and the adapters' expand added where there is one.
+        """``x @ W.T + bias``.
 
         ``x`` is ``[T, K]`` of bf16, fp16 or fp32, its last dimension contiguous; ``W`` is
         ``dequantize_4bit(weight, x.dtype)``; ``bias`` is ``[N]`` of x's dtype. Sums are fp32,
@@ -110,7 +109,7 @@ class FourBit(Protocol):
 
 
 def check_matmul_4bit(
-    x: Tensor, weight: FourBitWeight, bias: Tensor | None, expand: Expand | None
+    x: Tensor, weight: FourBitWeight, bias: Tensor | None, expand: Expand | None = None
 ) -> None:
     """Raise ValueError, naming what is wrong, unless the arguments fit ``FourBit.matmul_4bit``."""
     n, k = weight.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from manyhats_kernels.backend import (
     check_store,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.groups import SiteGroup
 
 
 class ReferenceBackend:
@@ -35,6 +38,14 @@ class ReferenceBackend:
                 shrunk = a[start : start + count].float() @ x[token].float()
                 d = shrunk @ b[start : start + count].float()
                 y[token] = (y[token].float() + d).to(y.dtype)
+
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """See :meth:`Backend.lora_add_group`: one site after the other."""
+        group.check(ys, x, batch.num_tokens, batch.num_slots)
+        for y, site in zip(ys, group.sites, strict=True):
+            self.lora_add(y, x, site.a, site.b, site.rows, batch)
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`: one token at a time."""

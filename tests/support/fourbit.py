@@ -48,7 +48,12 @@ def quantized(
 
 
 def expand_case(
-    slots: tuple[int, ...], counts: tuple[int, ...], n_out: int, dtype: torch.dtype, *, seed: int = 0
+    slots: tuple[int, ...],
+    counts: tuple[int, ...],
+    n_out: int,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
 ) -> Expand:
     """Signed shrunk rows; NaN in the columns over a token's own rank and in rows of other slots."""
     case = lora_case(Workload(slots, counts), 8, n_out, dtype, seed=seed)

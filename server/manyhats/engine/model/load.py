@@ -21,7 +21,7 @@ from manyhats.engine.attention import AttentionShape
 from manyhats.engine.model.attention import probe_attention
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
-from manyhats.engine.model.packed import unpack_long_batches
+from manyhats.engine.model.fourbit import use_four_bit_kernel
 from manyhats.engine.model.quantized import (
     keep_copy,
     kept_copy,
@@ -31,7 +31,7 @@ from manyhats.engine.model.quantized import (
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
 from manyhats.errors import ConfigError
-from manyhats_kernels import Unpacker
+from manyhats_kernels.fourbit import FourBit
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class BaseModel:
 
 
 def load_base(settings: Settings, backend: object = None) -> BaseModel:
-    """Loads what ``settings.model`` names; a ``backend`` that is an ``Unpacker`` speeds up 4 bits.
+    """Loads what ``settings.model`` names; a ``backend`` that is ``FourBit`` multiplies 4 bits.
 
     Raises ConfigError where the model, its tokenizer, the quantization or the device cannot be had.
     """
@@ -72,8 +72,8 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
         digest = base_digest(config, source, settings)
         module = _load_module(settings, source, digest, dtype, device)
         settle_cpu_layout(module, dtype)
-        if device.type == "cpu" and isinstance(backend, Unpacker):
-            unpack_long_batches(module, backend)
+        if isinstance(backend, FourBit):
+            use_four_bit_kernel(module, backend, dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model: {source!r} cannot be loaded: {error}", param="model") from error
     base = wrap_base(
