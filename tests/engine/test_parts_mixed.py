@@ -68,7 +68,7 @@ SETTINGS = {
     "native": {"kernels": "native"},
     "chunked": {"max_step_tokens": 31, "max_num_seqs": 31, "kernels": "native"},
     "four slots": {"slots": 4, "kernels": "native", "max_num_seqs": 8},
-    "preempted": {"block_size": 4, "kv_cache_blocks": 60, "kv_cache_mb": None, "slots": 5},
+    "preempted": {"block_size": 4, "kv_cache_blocks": 24, "kv_cache_mb": None},
 }
 
 

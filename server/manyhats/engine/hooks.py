@@ -26,5 +26,8 @@ class Hook:
 
 def unhook(module: nn.Module) -> None:
     """Gives a module its own forward back, from under any number of hooks."""
-    while isinstance(module.forward, Hook):
-        module.forward = module.forward.base
+    forward: Any = module.forward
+    if isinstance(forward, Hook):
+        while isinstance(forward, Hook):
+            forward = forward.base
+        module.forward = forward
