@@ -26,8 +26,8 @@ from manyhats_kernels.cpu import attend_sequence
 from manyhats_kernels.fourbit import FourBitWeight, check_matmul_4bit
 from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
 from manyhats_kernels.native.build import build, load
+from manyhats_kernels.native.parts import DTYPE_CODES, NativeParts, check_memory
 
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_HEAD_DIM = 256
 
 PREFILL_QUERIES = 32
@@ -51,7 +51,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-class NativeBackend:
+class NativeBackend(NativeParts):
     """C kernels on the CPU; see :class:`manyhats_kernels.backend.Backend`.
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
@@ -74,6 +74,7 @@ class NativeBackend:
         self._unpack4 = library.mh_unpack4
         self._matmul = library.mh_matmul
         self._amx = library.mh_amx()
+        super().__init__(library)
 
     @classmethod
     def load(cls, cache_dir: Path) -> NativeBackend:
@@ -122,7 +123,7 @@ class NativeBackend:
             len(segments),
         )
         if failed:
-            _check_memory(failed)
+            check_memory(failed)
             site, segment = divmod(failed - 1, len(segments))
             slot, weights = batch.worn[segment], group.sites[site]
             rows = weights.rows
@@ -222,7 +223,7 @@ class NativeBackend:
             sliding_window or 0,
             soft_cap or 0.0,
         )
-        _check_memory(failed)
+        check_memory(failed)
         if batch.max_query_len > in_place:
             for sequence, queries in enumerate(batch.host_query_lens):
                 if queries > in_place:
@@ -297,7 +298,7 @@ class NativeBackend:
                 tokens,
                 k,
             )
-            _check_memory(failed)
+            check_memory(failed)
         if len(group.outs) == 1:
             return [y]
         return [y[:, end - out : end] for end, out in zip(group.ends, group.outs, strict=True)]
@@ -311,8 +312,3 @@ def _in_runs(weight: FourBitWeight) -> bool:
         and weight.shape[1] % weight.blocksize == 0
         and weight.packed.device.type == "cpu"
     )
-
-
-def _check_memory(failed: int) -> None:
-    if failed == -1:
-        raise MemoryError("the native kernels could not allocate their scratch memory")

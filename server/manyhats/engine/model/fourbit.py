@@ -25,18 +25,21 @@ def four_bit_weight(module: Any) -> FourBitWeight:
 
 
 class FourBitLinear:
-    """The forward of a ``Linear4bit``, computed in the activations' dtype."""
+    """The forward of a ``Linear4bit``, computed in the model's dtype, ``dtype``."""
 
-    __slots__ = ("_backend", "_bias", "_weight")
+    __slots__ = ("_backend", "bias", "dtype", "weight")
 
     def __init__(self, module: Any, backend: FourBit, dtype: torch.dtype) -> None:
         self._backend = backend
-        self._weight = four_bit_weight(module)
-        self._bias = None if module.bias is None else module.bias.data.to(dtype)
+        self.dtype = dtype
+        self.weight = four_bit_weight(module)
+        self.bias: torch.Tensor | None = (
+            None if module.bias is None else module.bias.data.to(dtype).contiguous()
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out]."""
-        y = self._backend.matmul_4bit(x.reshape(-1, x.shape[-1]), self._weight, self._bias)
+        y = self._backend.matmul_4bit(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from manyhats.adapters.parts import BaseSpec
 from manyhats.config import Device, Dtype, Settings
 from manyhats.engine.attention import AttentionShape
-from manyhats.engine.model.attention import probe_attention
+from manyhats.engine.model.attention import probe
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
 from manyhats.engine.model.fourbit import use_four_bit_kernel
+from manyhats.engine.model.inputs import SharedInputs
 from manyhats.engine.model.quantized import (
     keep_copy,
     kept_copy,
@@ -30,6 +31,7 @@ from manyhats.engine.model.quantized import (
 )
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
+from manyhats.engine.model.wiring import Blocks
 from manyhats.errors import ConfigError
 from manyhats_kernels.fourbit import FourBit
 
@@ -41,7 +43,8 @@ TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP3
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """The base model in memory. ``layers``: its attention modules in order and what their caches
-    must hold.
+    must hold; ``blocks``: the modules of its residual sites; ``shared``: which linear layers read
+    the same input.
     """
 
     name: str
@@ -49,6 +52,8 @@ class BaseModel:
     tokenizer: ModelTokenizer
     spec: BaseSpec
     layers: list[tuple[nn.Module, AttentionShape]]
+    blocks: Blocks
+    shared: SharedInputs
     dtype: torch.dtype
     device: torch.device
     context_len: int
@@ -129,14 +134,16 @@ def wrap_base(
             param="max_context",
         )
     wrapped = ModelTokenizer(tokenizer)
-    spec = describe(module, digest)
-    layers = probe_attention(module)
+    probed = probe(module)
+    spec = describe(module, digest, probed.layers, probed.blocks)
     return BaseModel(
         name=name,
         module=module,
         tokenizer=wrapped,
         spec=spec,
-        layers=layers,
+        layers=probed.layers,
+        blocks=probed.blocks,
+        shared=probed.shared,
         dtype=dtype,
         device=module.device,
         context_len=max_context or limit,
