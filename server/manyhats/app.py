@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +64,9 @@ def build(settings: Settings) -> Application:
         settings.kernels, device=resolve_device(settings.device), home=settings.home
     )
     logger.info("kernels: %s (%s)", kernels.backend.name, kernels.reason)
-    base = load_base(settings, kernels.backend)
+    threads = settings.threads or torch.get_num_threads()
+    settings = settings.model_copy(update={"threads": threads})
+    base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
     # Adapters belong to a base: another base under the same home has a folder of its own.
     folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
     store = AdapterStore(folder / "adapters")
@@ -96,6 +100,25 @@ def build(settings: Settings) -> Application:
     return Application(settings, engine, adapters, api, closing=(registry.close, store.close))
 
 
+def _on_a_passing_thread(load: Callable[[], BaseModel], threads: int) -> BaseModel:
+    """What ``load`` gives, computed by ``threads`` threads that are gone afterwards.
+
+    OpenMP keeps a team of threads for each thread that ever asked for one, and once there are more
+    of them than processors it lets them sleep at every barrier: a decode step then takes half as
+    long again. So the step thread's team must be the only one (see also ``_lifespan``).
+    """
+
+    def run() -> BaseModel:
+        torch.get_num_threads()  # torch sets up a thread's own count at its first use
+        torch.set_num_threads(threads)
+        return load()
+
+    with ThreadPoolExecutor(1) as passing:
+        base = passing.submit(run).result()
+    torch.set_num_threads(1)
+    return base
+
+
 def serve(settings: Settings) -> None:
     """Builds the server and runs it until SIGTERM or Ctrl-C; then drains within
     ``settings.drain_s``.
@@ -105,8 +128,6 @@ def serve(settings: Settings) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     quiet_libraries()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     application = build(settings)
     if settings.register_roots:
         register_roots(application)
@@ -146,6 +167,9 @@ def _compile_folder(folder: Path, *, settings: Settings, base: BaseModel) -> Com
 @asynccontextmanager
 async def _lifespan(_app: FastAPI, *, engine: Engine) -> AsyncIterator[None]:
     engine.loop.start()
+    torch.set_num_threads(1)  # for every other thread; the step thread has set its own
+    gc.collect()
+    gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
         yield
     finally:

@@ -34,7 +34,8 @@ class EngineLoop:
 
     ``start``, ``submit``, ``abort``, ``stats``, ``close_door`` and ``stop`` may be called from any
     thread; the rest runs on the step thread. ``deliver`` is called there too, once a step, with all
-    that the step made. ``snapshot`` makes the statistics from (steps, failed steps).
+    that the step made. ``snapshot`` makes the statistics from (steps, failed steps). ``threads`` is
+    the number that the step's arithmetic runs on; None: as many as the building thread's.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class EngineLoop:
         self._snapshot = snapshot
         self._mailbox = mailbox
         self._max_queue = max_queue
-        self._threads = threads
+        self._threads = threads or torch.get_num_threads()
+        self._ready = threading.Event()
         self._sequence_ids = 0
         self._steps = 0
         self._failed_steps = 0
@@ -74,8 +76,9 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
-        """Starts the step thread."""
+        """Starts the step thread and waits until it has set itself up."""
         self._thread.start()
+        self._ready.wait()
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request; its deltas come through ``deliver``.
@@ -132,9 +135,9 @@ class EngineLoop:
         return True
 
     def _run(self) -> None:
-        if self._threads is not None:
-            torch.get_num_threads()  # torch sets up a thread's own count at its first use
-            torch.set_num_threads(self._threads)
+        torch.get_num_threads()  # torch sets up a thread's own count at its first use
+        torch.set_num_threads(self._threads)
+        self._ready.set()
         try:
             ran = False
             while not self._stopping:
