@@ -73,11 +73,11 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_all_in_one_batch(case, settings, tmp_path):
+def test_all_in_one_batch(case, settings, home):
     settings = {"slots": len(KINDS), "pool_rows": 400} | settings
     kinds = [None, *KINDS]
     sampling = params(NEW_TOKENS, ignore_eos=True, logprobs=5)
-    with LocalEngine(case.base, tmp_path, case.adapters, **settings) as engine:
+    with LocalEngine(case.base, home, case.adapters, **settings) as engine:
         for _ in range(2):  # the second time from the prefix cache, or loaded again
             prompts = [case.prompts[k] for k in kinds]
             check(case, kinds, engine.generate(prompts, sampling, kinds))
@@ -88,7 +88,7 @@ def test_all_in_one_batch(case, settings, tmp_path):
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-def test_in_bf16(name, kernels, tmp_path):
+def test_in_bf16(name, kernels, home):
     """The same within what bf16 rounds: the first token's scores against the fp32 oracle's over the
     same rounded weights.
     """
@@ -99,7 +99,7 @@ def test_in_bf16(name, kernels, tmp_path):
     kinds = [None, *KINDS]
     prompt = list(range(20, 31))
     settings = {"slots": len(KINDS), "pool_rows": 400, "kernels": kernels, "dtype": "bf16"}
-    with LocalEngine(base, tmp_path, adapters, **settings) as engine:
+    with LocalEngine(base, home, adapters, **settings) as engine:
         sampling = params(1, ignore_eos=True, logprobs=20)
         outputs = engine.generate([prompt] * len(kinds), sampling, kinds)
     for kind, output in zip(kinds, outputs, strict=True):
