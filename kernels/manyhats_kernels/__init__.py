@@ -6,7 +6,6 @@ from manyhats_kernels.backend import (
     Backend,
     BackendUnavailableError,
     SiteRows,
-    Unpacker,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.dispatch import Resolved, resolve
@@ -20,6 +19,5 @@ __all__ = [
     "BackendUnavailableError",
     "Resolved",
     "SiteRows",
-    "Unpacker",
     "resolve",
 ]

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+
+if TYPE_CHECKING:
+    from manyhats_kernels.groups import SiteGroup
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -80,6 +84,14 @@ class Backend(Protocol):
         of bf16, fp16, fp32; the last dimension of each is contiguous, rows may be strided.
         Accumulates in fp32 and rounds ``y + d`` once. The worn weights must be finite. Raises
         ValueError on shapes, dtypes or row runs that do not fit.
+        """
+
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """:meth:`lora_add` for each site of the group, ``ys[i]`` being site ``i``'s output.
+
+        Raises ValueError as :meth:`lora_add` does.
         """
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
@@ -173,20 +185,6 @@ class Backend(Protocol):
         ``soft_cap * tanh(score / soft_cap)``; softmax and sums are fp32. The new tokens must have
         been stored before. Returns ``[T, heads, head_dim]`` of q's dtype, contiguous. Raises
         ValueError on shapes or dtypes that do not fit, K and V of different head sizes among them.
-        """
-
-
-@runtime_checkable
-class Unpacker(Protocol):
-    """A backend that can also turn 4-bit weights back into bf16, quickly."""
-
-    def unpack4(self, out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor) -> None:
-        """``out[n, k] = bf16(code[nibble(n, k)] * absmax[k // block, n])``.
-
-        ``packed`` is uint8 ``[N, K / 2]`` in the layout of bitsandbytes'
-        ``_convert_weight_packed_for_cpu`` (groups of 32 outputs), ``absmax`` bf16
-        ``[K / block, N]``, ``code`` fp32 ``[16]`` (NF4's or FP4's), ``out`` bf16 ``[N, K]``; all
-        contiguous, on the CPU. Raises ValueError on shapes or dtypes that do not fit.
         """
 
 
@@ -319,24 +317,3 @@ def check_attention(
         raise ValueError(f"sliding_window must be >= 1, got {sliding_window}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be > 0, got {soft_cap}")
-
-
-def check_unpack4(out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor) -> None:
-    """Raise ValueError unless the arguments fit :meth:`Unpacker.unpack4`."""
-    n, k = out.shape
-    blocks = absmax.shape[0]
-    fits = (
-        (out.dtype, packed.dtype, absmax.dtype, code.dtype)
-        == (torch.bfloat16, torch.uint8, torch.bfloat16, torch.float32)
-        and packed.numel() == n * k // 2
-        and absmax.shape == (blocks, n)
-        and code.shape == (16,)
-        and n % 32 == 0
-        and k % (2 * blocks) == 0
-    )
-    if not fits or not all(t.is_contiguous() for t in (out, packed, absmax, code)):
-        raise ValueError(
-            f"4-bit weights do not fit: out {tuple(out.shape)} {out.dtype}, packed "
-            f"{tuple(packed.shape)} {packed.dtype}, absmax {tuple(absmax.shape)} {absmax.dtype}, "
-            f"code {tuple(code.shape)} {code.dtype}; all contiguous, outputs in groups of 32"
-        )

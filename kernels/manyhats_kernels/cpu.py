@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +19,7 @@ from manyhats_kernels.backend import (
     check_store,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.groups import SiteGroup
 from manyhats_kernels.reference import gated
 
 MASKED_GEMM_MAX_SLOTS = 32
@@ -89,6 +92,14 @@ class TorchBackend:
         shrunk = x.index_select(0, tokens).float() @ a_all.T
         d = shrunk.masked_fill_(foreign, 0.0) @ b_all
         y.index_copy_(0, tokens.long(), d.add_(y.index_select(0, tokens)).to(y.dtype))
+
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """See :meth:`Backend.lora_add_group`: one site after the other."""
+        group.check(ys, x, batch.num_tokens, batch.num_slots)
+        for y, site in zip(ys, group.sites, strict=True):
+            self.lora_add(y, x, site.a, site.b, site.rows, batch)
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from manyhats_kernels.backend import (
     check_store,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.groups import SiteGroup
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -61,6 +62,14 @@ class ReferenceBackend:
                 shrunk = a[start : start + count].float() @ x[token].float()
                 d = shrunk @ b[start : start + count].float()
                 y[token] = (y[token].float() + d).to(y.dtype)
+
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """See :meth:`Backend.lora_add_group`: one site after the other."""
+        group.check(ys, x, batch.num_tokens, batch.num_slots)
+        for y, site in zip(ys, group.sites, strict=True):
+            self.lora_add(y, x, site.a, site.b, site.rows, batch)
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`: one token at a time."""

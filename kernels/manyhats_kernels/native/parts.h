@@ -79,9 +79,10 @@ static void NAME(bottleneck_run)(const lora_args *g, const float *bias, const in
 #pragma omp for schedule(dynamic, g->expand_grain)
         for (int64_t item = 0; item < g->expand_items; item++) {
             const lora_segment *seg = find_segment(g, item, 1);
-            int64_t i = item - seg->expand_first, blocks = blocks_of(g->out, LORA_COLUMNS);
+            int64_t out = seg->site->out;
+            int64_t i = item - seg->expand_first, blocks = blocks_of(out, LORA_COLUMNS);
             int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * LORA_COLUMNS;
-            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + LORA_COLUMNS, g->out));
+            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + LORA_COLUMNS, out));
         }
     }
 }

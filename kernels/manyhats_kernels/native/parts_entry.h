@@ -31,6 +31,7 @@ EXPORT int64_t mh_bottleneck_add(int dtype, int threads, void *y, int64_t y_stri
         shrunk += rows * (offsets[i + 1] - offsets[i]);
     }
     if (shrunk == 0) return 0;
+    lora_site site = {y, y_stride, down, up, down_stride, up_stride, out, pool_rows, start, count};
     lora_segment *segments = malloc(segment_count * sizeof *segments);
     float *scratch = malloc(shrunk * sizeof *scratch);
     if (!segments || !scratch) failed = MH_NO_MEMORY;
@@ -38,16 +39,15 @@ EXPORT int64_t mh_bottleneck_add(int dtype, int threads, void *y, int64_t y_stri
     for (int64_t i = 0; !failed && i < segment_count; i++) {
         int64_t first = start[slots[i]], rows = count[slots[i]], tokens = offsets[i + 1] - offsets[i];
         if (rows == 0) continue;
-        segments[n++] = (lora_segment){offsets[i], tokens, first, rows, shrunk, shrink_items, expand_items};
+        segments[n++] = (lora_segment){&site, offsets[i], tokens, first, rows, shrunk, shrink_items, expand_items};
         shrunk += tokens * rows;
         shrink_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(rows, 4);
         expand_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(out, LORA_COLUMNS);
     }
     if (!failed) {
         if (shrunk * (in + out) < LORA_SERIAL) threads = 1;
-        lora_args g = {y, x, down, up, y_stride, x_stride, down_stride, up_stride, in, out, order, segments,
-                       scratch, n, shrink_items, expand_items, 1 + shrink_items / (threads * 16),
-                       1 + expand_items / (threads * 16), threads};
+        lora_args g = {x, x_stride, in, order, segments, scratch, n, shrink_items, expand_items,
+                       1 + shrink_items / (threads * 16), 1 + expand_items / (threads * 16), threads};
         if (dtype == 0) bottleneck_run_bf16(&g, down_bias, kinds, token_slots);
         else if (dtype == 1) bottleneck_run_fp16(&g, down_bias, kinds, token_slots);
         else bottleneck_run_fp32(&g, down_bias, kinds, token_slots);

@@ -11,6 +11,7 @@ from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
 from manyhats.engine.client import AsyncEngine, Postbox
 from manyhats.engine.grammars import Grammars
+from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
 from manyhats.engine.layers import install
@@ -20,6 +21,7 @@ from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
+from manyhats.engine.projections import install_projections
 from manyhats.engine.residency import AdapterResidency, NoAdapters
 from manyhats.engine.runner import ModelRunner
 from manyhats.engine.sampling import Sampler
@@ -62,6 +64,9 @@ def build_engine(
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
     pool, residency = None, None
+    modules = site_modules(base.module, base.spec)
+    for module in modules.values():
+        unhook(module)
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
         residency = AdapterResidency(
@@ -72,6 +77,7 @@ def build_engine(
             post=mailbox.post,
             observer=observer,
         )
+    install_projections(modules, base.shared, kernels.backend, state)
     scheduler = Scheduler(
         blocks,
         residency or NoAdapters(),

@@ -24,11 +24,11 @@ class AdaptedLayer(Hook):
     A step of base tokens alone (or of adapters with nothing here) pays for one shift and test.
     """
 
-    __slots__ = ("_head", "_in", "_out", "_pool")
+    __slots__ = ("_head", "_in", "_out", "pool")
 
     def __init__(self, module: nn.Module, index: int, pool: SitePool, state: StepState) -> None:
         super().__init__(module, index, state)
-        self._pool = pool
+        self.pool = pool
         self._head = pool.spec.kind is SiteKind.HEAD
         self._in = pool.spec.in_features
         self._out = pool.spec.out_features
@@ -39,7 +39,7 @@ class AdaptedLayer(Hook):
         if not state.active_sites & self.bit:
             plain: torch.Tensor = self.base(x)
             return plain
-        pool = self._pool
+        pool = self.pool
         batch = state.head if self._head else state.adapters
         if pool.extras.slots & state.worn_slots:
             return pool.extras.run(self.base, pool.apply, x, batch, state)

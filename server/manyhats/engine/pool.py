@@ -22,6 +22,7 @@ from manyhats.engine.parts.site import PoolConfig, Site
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
 from manyhats_kernels import AdapterBatch, Backend, SiteRows
+from manyhats_kernels.groups import SiteGroup, SiteWeights
 
 OVERRIDE_PAGE = 1 << 16
 """Bytes of a page of the budget for whole tensors."""
@@ -91,11 +92,54 @@ class SitePool:
         if self._row_slots & state.worn_slots:
             self._backend.lora_add(y, x, self._a, self._b, self._rows, batch)
 
+    @property
+    def row_slots(self) -> int:
+        """Bitmask of the slots that own rows here."""
+        return self._row_slots
+
+    @property
+    def weights(self) -> SiteWeights:
+        """The pools and who owns which rows."""
+        return SiteWeights(self._a, self._b, self._rows)
+
     def _allocate(self, rows: int) -> None:
         # torch.empty: on a CPU the pages cost nothing until an adapter is written to them.
         spec, config = self.spec, self._config
         self._a = torch.empty((rows, spec.in_features), dtype=config.dtype, device=config.device)
         self._b = torch.empty((rows, spec.out_features), dtype=config.dtype, device=config.device)
+
+
+class PoolGroup:
+    """The pools of linear sites that read the same input, applied in one call."""
+
+    __slots__ = ("_backend", "_group", "_head", "_pools")
+
+    def __init__(self, pools: Sequence[SitePool], backend: Backend) -> None:
+        self._pools = tuple(pools)
+        self._backend = backend
+        self._head = any(pool.spec.kind is SiteKind.HEAD for pool in pools)
+        # The head's rows come into being later: it is alone, and takes its own way.
+        self._group = None if self._head else SiteGroup([pool.weights for pool in pools])
+
+    def must_run_alone(self, state: StepState) -> bool:
+        """Whether the members must be computed one by one: a worn adapter changes the input or
+        stands in for a weight.
+        """
+        if self._group is None:
+            return True
+        worn = state.worn_slots
+        return any(pool.extras.slots & worn and pool.extras.before(state) for pool in self._pools)
+
+    def apply(self, x: torch.Tensor, ys: Sequence[torch.Tensor], state: StepState) -> None:
+        """Every member's parts added to its y, in place. x: [..., in]; ys: [..., out] each."""
+        worn, batch = state.worn_slots, state.adapters
+        flat = [y.view(-1, y.shape[-1]) for y in ys]
+        if self._group is not None and any(pool.row_slots & worn for pool in self._pools):
+            x = x.reshape(-1, x.shape[-1])
+            self._backend.lora_add_group(flat, x, self._group, batch)
+        for pool, y in zip(self._pools, flat, strict=True):
+            if pool.extras.slots & worn:
+                pool.extras.finish(y, batch, state)
 
 
 _SITES: dict[SiteKind, Callable[[SiteSpec, PoolConfig], Site]] = {

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from manyhats.engine.attention import AttentionShape, PagedAttention
+from manyhats.engine.model.inputs import SharedInputs, watch_inputs
 from manyhats.engine.model.wiring import Blocks, watch
 from manyhats.errors import ConfigError
 
@@ -94,11 +95,13 @@ AttentionMaskInterface.register(_PROBE, _no_mask)
 @dataclass(frozen=True, slots=True)
 class Probed:
     """``layers``: the attention modules in order, with what each one's cache must hold;
-    ``blocks``: the places of the residual sites, as far as they are known.
+    ``blocks``: the places of the residual sites, as far as they are known; ``shared``: which linear
+    layers read the same input.
     """
 
     layers: list[tuple[nn.Module, AttentionShape]]
     blocks: Blocks
+    shared: SharedInputs
 
 
 @torch.inference_mode()
@@ -113,7 +116,7 @@ def probe(model: PreTrainedModel) -> Probed:
     heads = {config.num_attention_heads, getattr(config, "num_key_value_heads", None)}
     tokens = next(count for count in (2, 3, 4) if count not in heads)
     positions = torch.arange(tokens, device=model.device)[None]
-    with watch(model, _layer_names(model), tokens) as blocks:
+    with watch(model, _layer_names(model), tokens) as blocks, watch_inputs(model) as shared:
         model(
             input_ids=positions,
             position_ids=positions,
@@ -129,7 +132,7 @@ def probe(model: PreTrainedModel) -> Probed:
             param="model",
         )
     model.set_attn_implementation(IMPLEMENTATION)
-    return Probed(found, blocks)
+    return Probed(found, blocks, shared)
 
 
 def _layer_names(model: PreTrainedModel) -> list[str]:

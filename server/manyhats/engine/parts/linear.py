@@ -108,11 +108,20 @@ class LinearExtras:
         if self._dense or self._rows:
             self._replace(flat, out, batch)
         product(flat, out, batch, state)
-        if self._output.worn(state):
-            backend.scale_rows(out, self._output.values, batch)
-        if self._bias.worn(state):
-            backend.bias_add(out, self._bias.values, batch)
+        self.finish(out, batch, state)
         return y
+
+    def before(self, state: StepState) -> bool:
+        """Whether a worn adapter changes x or stands in for the weight: what ``finish`` cannot."""
+        return self._input.worn(state) or bool(self._dense) or bool(self._rows)
+
+    def finish(self, y: torch.Tensor, batch: AdapterBatch, state: StepState) -> None:
+        """The output's scale and bias, in place. y: [T, out]."""
+        backend = self._config.backend
+        if self._output.worn(state):
+            backend.scale_rows(y, self._output.values, batch)
+        if self._bias.worn(state):
+            backend.bias_add(y, self._bias.values, batch)
 
     def _replace(self, x: torch.Tensor, y: torch.Tensor, batch: AdapterBatch) -> None:
         for slot, begin, end in batch.segments:
