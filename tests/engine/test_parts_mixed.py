@@ -73,14 +73,39 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_all_in_one_batch(case, settings, tmp_path):
+def test_all_in_one_batch(case, settings, home):
     settings = {"slots": len(KINDS), "pool_rows": 400} | settings
     kinds = [None, *KINDS]
     sampling = params(NEW_TOKENS, ignore_eos=True, logprobs=5)
-    with LocalEngine(case.base, tmp_path, case.adapters, **settings) as engine:
+    with LocalEngine(case.base, home, case.adapters, **settings) as engine:
         for _ in range(2):  # the second time from the prefix cache, or loaded again
             prompts = [case.prompts[k] for k in kinds]
             check(case, kinds, engine.generate(prompts, sampling, kinds))
         if "kv_cache_blocks" in settings:
             assert engine.metrics_value("manyhats_preemptions_total") > 0
         assert_at_rest(engine)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_in_bf16(name, kernels, home):
+    """The same within what bf16 rounds: the first token's scores against the fp32 oracle's over the
+    same rounded weights.
+    """
+    model = tiny_model(name).to(torch.bfloat16)
+    base = base_of(copy.deepcopy(model), tiny_tokenizer())
+    oracle = Oracle(model.float(), base.spec)
+    adapters = {kind: random_adapter(kind, base.spec, dtype=torch.bfloat16) for kind in KINDS}
+    kinds = [None, *KINDS]
+    prompt = list(range(20, 31))
+    settings = {"slots": len(KINDS), "pool_rows": 400, "kernels": kernels, "dtype": "bf16"}
+    with LocalEngine(base, home, adapters, **settings) as engine:
+        sampling = params(1, ignore_eos=True, logprobs=20)
+        outputs = engine.generate([prompt] * len(kinds), sampling, kinds)
+    for kind, output in zip(kinds, outputs, strict=True):
+        assert output.error is None, (kind, output.error)
+        worn = random_adapter(kind, base.spec, dtype=torch.bfloat16, oracle=True) if kind else None
+        expected = torch.log_softmax(oracle.logits(prompt, worn)[-1], -1)
+        top = dict(output.logprobs[0].top)
+        found = torch.tensor([top[t] - float(expected[t]) for t in top])
+        assert found.square().mean().sqrt() < 0.06 * expected.std(), kind

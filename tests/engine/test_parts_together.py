@@ -38,14 +38,14 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-def test_others_change_no_bit(base, tmp_path, kernels):
+def test_others_change_no_bit(base, home, kernels):
     """Every other row wears another adapter the second time: the rest have the very same scores."""
     kinds = [None, *KINDS, None]
     adapters = {f"{k} {seed}": random_adapter(k, base.spec, seed) for k in KINDS for seed in (0, 1)}
     settings = {"slots": len(adapters), "pool_rows": 800, "prefix_cache": False}
     settings |= {"kernels": kernels, "max_num_seqs": len(kinds)}
     sampling = params(3, ignore_eos=True, logprobs=20)
-    with LocalEngine(base, tmp_path, adapters, **settings) as engine:
+    with LocalEngine(base, home, adapters, **settings) as engine:
         engine.generate(prompts(len(adapters)), sampling, list(adapters))  # all are there now
         runs = []
         for seed in (0, 1):
@@ -111,11 +111,11 @@ def bad_adapters(base) -> dict[str, CompiledAdapter]:
     }
 
 
-def test_what_cannot_be_served_fails_alone(base, model, tmp_path):
+def test_what_cannot_be_served_fails_alone(base, model, home):
     bad = bad_adapters(base)
     good = {kind: random_adapter(kind, base.spec) for kind in ("everything", "prefix")}
     names = [*good, None, *bad]
-    with LocalEngine(base, tmp_path, bad | good, override_mb=1, pool_rows=64, slots=4) as engine:
+    with LocalEngine(base, home, bad | good, override_mb=1, pool_rows=64, slots=4) as engine:
         for _ in range(2):
             outputs = engine.generate(prompts(len(names)), params(2, ignore_eos=True), names)
             for name, prompt, output in zip(names, prompts(len(names)), outputs, strict=True):
@@ -129,7 +129,7 @@ def test_what_cannot_be_served_fails_alone(base, model, tmp_path):
         assert_at_rest(engine)
 
 
-def test_whole_tensors_give_way_when_the_budget_is_full(base, model, tmp_path):
+def test_whole_tensors_give_way_when_the_budget_is_full(base, model, home):
     """Six adapters of four pages each, room for sixteen: those that nobody wears go, and leave
     nothing.
     """
@@ -145,7 +145,7 @@ def test_whole_tensors_give_way_when_the_budget_is_full(base, model, tmp_path):
         made[f"a{seed}"] = CompiledAdapter(Digest(f"{seed:064}"), "made by hand", sites)
     assert made["a0"].nbytes > 3 * (1 << 16)
     oracle = Oracle(model, base.spec)
-    with LocalEngine(base, tmp_path, made, override_mb=1, slots=8) as engine:
+    with LocalEngine(base, home, made, override_mb=1, slots=8) as engine:
         for _ in range(2):
             outputs = engine.generate(prompts(6), params(2, ignore_eos=True), list(made))
             for prompt, name, output in zip(prompts(6), made, outputs, strict=True):
@@ -160,7 +160,7 @@ def test_whole_tensors_give_way_when_the_budget_is_full(base, model, tmp_path):
         assert_at_rest(engine)
 
 
-def test_a_slot_keeps_nothing_of_the_adapter_before(base, model, tmp_path):
+def test_a_slot_keeps_nothing_of_the_adapter_before(base, model, home):
     """One has parts everywhere; the next in its slot has one part alone, and its neighbour keeps
     every site busy.
     """
@@ -174,7 +174,7 @@ def test_a_slot_keeps_nothing_of_the_adapter_before(base, model, tmp_path):
     }
     oracle = Oracle(model, base.spec)
     sampling = params(3, ignore_eos=True)
-    with LocalEngine(base, tmp_path, made, slots=2) as engine:
+    with LocalEngine(base, home, made, slots=2) as engine:
         for first in ("big", "fused"):
             engine.generate(prompts(2), sampling, [first, "neighbour"])
             names = ["small", "neighbour"]

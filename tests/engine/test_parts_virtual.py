@@ -33,11 +33,11 @@ def model():
 
 
 @pytest.fixture
-def made(model, tmp_path):
+def made(model, home):
     """An engine with one adapter of each kind, and the oracle."""
     base = replace(base_of(copy.deepcopy(model), tiny_tokenizer()), context_len=64)
     adapters = {kind: random_adapter(kind, base.spec) for kind in KINDS}
-    with LocalEngine(base, tmp_path, adapters, block_size=4) as engine:
+    with LocalEngine(base, home, adapters, block_size=4) as engine:
         yield engine, Oracle(model, base.spec)
         assert_at_rest(engine)
 
@@ -60,14 +60,14 @@ def test_prompt_scores_are_those_of_the_prompts_own_tokens(made, kind):
                 assert logprob == pytest.approx(float(expected[position, token]), abs=1e-3)
 
 
-def test_prompt_scores_in_chunks(model, tmp_path):
+def test_prompt_scores_in_chunks(model, home):
     """Chunks that end within the virtual tokens, at their end and behind it."""
     base = base_of(copy.deepcopy(model), tiny_tokenizer())
     adapters = {kind: random_adapter(kind, base.spec) for kind in KINDS}
     oracle = Oracle(model, base.spec)
     for budget in (2, 5, 7):
         settings = {"max_step_tokens": budget, "max_num_seqs": 2}
-        with LocalEngine(base, tmp_path, adapters, **settings) as engine:
+        with LocalEngine(base, home, adapters, **settings) as engine:
             sampling = params(1, prompt_logprobs=0, ignore_eos=True)
             outputs = engine.generate([PROMPT] * 2, sampling, KINDS)
         for kind, output in zip(KINDS, outputs, strict=True):

@@ -24,15 +24,18 @@ from manyhats.types import Digest
 
 
 class Draw:
-    """Signed random tensors of one seed."""
+    """Signed random tensors of one seed, rounded to ``dtype`` and held in ``held``."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, seed: int, dtype: torch.dtype = torch.float32, held: torch.dtype = torch.float32
+    ) -> None:
         self._random = torch.Generator().manual_seed(seed)
         self._dtype = dtype
+        self._held = held
 
     def __call__(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
         values = torch.randn(shape, generator=self._random) * scale + mean
-        return values.to(self._dtype)
+        return values.to(self._dtype).to(self._held)
 
     def ids(self, count: int, of: int) -> torch.Tensor:
         return torch.randperm(of, generator=self._random)[:count].sort().values
@@ -197,12 +200,20 @@ def _kinds() -> Iterator[tuple[str, Make]]:
 KINDS = tuple(name for name, _ in _kinds())
 
 
-def random_adapter(kind: str, spec: BaseSpec, seed: int = 0, **fields: object) -> CompiledAdapter:
-    """An adapter of one of ``KINDS`` for the base."""
-    draw, make = Draw(seed * 1000 + KINDS.index(kind)), dict(_kinds())[kind]
+def random_adapter(
+    kind: str,
+    spec: BaseSpec,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    oracle: bool = False,
+) -> CompiledAdapter:
+    """An adapter of one of ``KINDS`` for the base; for the ``oracle`` the same values in fp32."""
+    draw = Draw(seed * 1000 + KINDS.index(kind), dtype, torch.float32 if oracle else dtype)
+    make = dict(_kinds())[kind]
     sites = {
         name: parts for name, site in spec.sites.items() if (parts := make(site, draw)) is not None
     }
     virtual = VIRTUAL if kind in ("soft prompt", "prefix") else 0
     digest = Digest(hashlib.sha256(f"{kind} {seed}".encode()).hexdigest())
-    return CompiledAdapter(digest, kind, sites, virtual_tokens=virtual, **fields)
+    return CompiledAdapter(digest, kind, sites, virtual_tokens=virtual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def describe(
             site = _site(name, module, is_head=module is head)
         if site is not None:
             sites[name] = site
+        if module is head:
+            sites[name] = replace(sites[name], tied_to=_shared_with(head, model))
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     for name in blocks or ():
@@ -58,6 +61,12 @@ def site_modules(model: PreTrainedModel, spec: BaseSpec) -> Mapping[str, nn.Modu
     }
 
 
+def _shared_with(head: Any, model: PreTrainedModel) -> str | None:
+    """The embedding whose weight the head has, if any."""
+    embeddings = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    return next((name for name, module in embeddings if module.weight is head.weight), None)
+
+
 def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
     bias = getattr(module, "bias", None)
     bias = bias.detach().float().cpu().clone() if isinstance(bias, torch.Tensor) else None
@@ -73,7 +82,8 @@ def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
         getattr(module, "weight", None), torch.Tensor
     ):
         size = int(module.weight.numel())
-        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, norm_kind(module))
+        norm, offset = norm_kind(module)
+        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, offset=offset, norm=norm)
     return None
 
 
