@@ -15,8 +15,12 @@ from manyhats_kernels.triton import quant_kernels as kernels
 
 @dataclass(frozen=True)
 class MatmulTile:
-    """Tile of the product for up to ``tokens`` tokens; ``block_k`` is halved until it divides K."""
+    """Tile of the product of ``bits``-wide values for up to ``tokens`` tokens.
 
+    ``block_k`` is halved until it divides K.
+    """
+
+    bits: int
     tokens: int
     block_t: int
     block_n: int
@@ -26,12 +30,14 @@ class MatmulTile:
 
 
 MATMUL_TILES = (
-    MatmulTile(tokens=16, block_t=16, block_n=64, block_k=128, warps=4, stages=3),
-    MatmulTile(tokens=32, block_t=32, block_n=64, block_k=128, warps=4, stages=3),
-    MatmulTile(tokens=1 << 62, block_t=64, block_n=64, block_k=128, warps=4, stages=3),
+    MatmulTile(bits=16, tokens=16, block_t=16, block_n=64, block_k=128, warps=4, stages=3),
+    MatmulTile(bits=16, tokens=32, block_t=32, block_n=64, block_k=128, warps=4, stages=3),
+    MatmulTile(bits=16, tokens=1 << 62, block_t=64, block_n=64, block_k=64, warps=4, stages=3),
+    MatmulTile(bits=32, tokens=1 << 62, block_t=16, block_n=64, block_k=64, warps=4, stages=2),
 )
-"""In ascending order; the first that holds the tokens is taken. Not yet measured: 64 outputs keep
-the tensor cores' tile whole, and 128 inputs are 64 bytes of a row, two sectors."""
+"""In ascending order; the first that fits is taken. Not yet measured: 64 outputs keep the tensor
+cores' tile whole, and 128 inputs are 64 bytes of a row, two sectors; 64 tokens leave registers for
+half of that."""
 
 DEQUANTIZE_FROM = {"sm_80": 256, "sm_90": 256}
 """Tokens from which a chip dequantizes first and multiplies in 16 bits. Not yet measured.
@@ -63,6 +69,12 @@ def chip_of(device: torch.device) -> tuple[str, int]:
     return _chip(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def tile_for(tokens: int, dtype: torch.dtype) -> MatmulTile:
+    """The first row of :data:`MATMUL_TILES` that fits."""
+    bits = 8 * dtype.itemsize
+    return next(t for t in MATMUL_TILES if t.bits == bits and tokens <= t.tokens)
+
+
 def block_k_for(tile: MatmulTile, n_in: int) -> int | None:
     """The largest step along K that the tile and the shape allow, None where 32 does not divide."""
     block = tile.block_k
@@ -74,13 +86,13 @@ def block_k_for(tile: MatmulTile, n_in: int) -> int | None:
 
 
 def split_for(tile: MatmulTile, tokens: int, n_out: int, steps: int, processors: int) -> int:
-    """Programs along K: doubled until the chip has two a multiprocessor, each keeping enough steps.
+    """Programs along K: doubled until two multiprocessors have three, each keeping enough steps.
 
     Depends on the tokens through their tile alone, so that a batch padded within it keeps its bits.
     """
     programs = -(-n_out // tile.block_n) * -(-tokens // tile.block_t)
     split = 1
-    while programs * split < 2 * processors and steps >= 2 * split * MIN_STEPS:
+    while 2 * programs * split < 3 * processors and steps >= 2 * split * MIN_STEPS:
         split *= 2
     return split
 
@@ -89,7 +101,8 @@ class TritonFourBit:
     """Products with 4-bit weights; see :class:`manyhats_kernels.fourbit.FourBit`.
 
     From :data:`DEQUANTIZE_FROM` tokens on, and where K is no multiple of 32, the matrix is
-    dequantized and multiplied by cuBLAS; the choice is made on the host from the shapes alone.
+    dequantized and multiplied by cuBLAS; the choice is made on the host from the shapes alone. An
+    expand is then added to the rounded product, which rounds a second time.
     """
 
     def dequantize_4bit(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
@@ -121,7 +134,7 @@ class TritonFourBit:
         check_matmul_4bit(x, weight, bias, expand)
         if expand is not None and not expand.batch.segments:
             expand = None
-        tile = next(t for t in MATMUL_TILES if x.shape[0] <= t.tokens)
+        tile = tile_for(x.shape[0], x.dtype)
         block_k = block_k_for(tile, weight.shape[1])
         chip, processors = chip_of(x.device)
         if block_k is None or x.shape[0] >= DEQUANTIZE_FROM.get(chip, DEQUANTIZE_FROM_ELSEWHERE):
@@ -165,7 +178,7 @@ def _fused(
         *_expand_arguments(expand),
         RUN=weight.blocksize,
         NESTED=_nested_run(weight),
-        PARTS=0 if expand is None else num_parts(expand),
+        PARTS=0 if expand is None else expand.shrunk.shape[0],
         SPLIT=split > 1,
         BLOCK_N=tile.block_n,
         BLOCK_T=tile.block_t,
@@ -185,13 +198,13 @@ def _fused(
 
 
 def _add_expand(y: Tensor, expand: Expand) -> None:
-    tile = MATMUL_TILES[-1]
+    tile = tile_for(y.shape[0], y.dtype)
     grid = (-(-y.shape[1] // tile.block_n), -(-y.shape[0] // tile.block_t))
     kernels.expand_kernel[grid](
         y,
         *y.shape,
         *_expand_arguments(expand),
-        PARTS=num_parts(expand),
+        PARTS=expand.shrunk.shape[0],
         BLOCK_N=tile.block_n,
         BLOCK_T=tile.block_t,
         BLOCK_R=RANK_BLOCK,
@@ -203,11 +216,6 @@ def _add_expand(y: Tensor, expand: Expand) -> None:
 def expand_precision(dtype: torch.dtype) -> str:
     """How the shrunk rows, fp32, meet B: TF32 has 16-bit weights' bits whole, and 11 of theirs."""
     return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def num_parts(expand: Expand) -> int:
-    """Parts that the shrunk rows' sum is kept in."""
-    return 1 if expand.shrunk.ndim == 2 else expand.shrunk.shape[0]
 
 
 def _nested_run(weight: FourBitWeight) -> int:
@@ -236,6 +244,6 @@ def _expand_arguments(expand: Expand | None) -> tuple[Tensor | int | None, ...]:
         b,
         b.shape[0],
         b.stride(0),
-        expand.shrunk.stride(-2),
-        expand.shrunk.shape[-1],
+        expand.shrunk.stride(1),
+        expand.shrunk.shape[2],
     )
