@@ -15,7 +15,7 @@ SHAPES = [(32, 64), (3, 5), (7, 9), (1, 1), (33, 100), (40, 192)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _eager():
-    """bitsandbytes compiles its generic dequantize, for seconds; the same function runs as it is."""
+    """bitsandbytes compiles its generic dequantize; the same function runs as it is."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -61,7 +61,9 @@ def test_the_product_is_that_of_the_dequantized_matrix(dtype):
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = torch.linspace(-1, 1, 48).to(dtype)
     expected = x.double() @ bnb.dequantize_4bit(packed, state).double().T + bias.double()
-    torch.testing.assert_close(matmul_4bit(x, weight, bias).double(), expected, rtol=8e-3, atol=8e-3)
+    torch.testing.assert_close(
+        matmul_4bit(x, weight, bias).double(), expected, rtol=8e-3, atol=8e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,4 +122,6 @@ def test_an_expand_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=message):
             matmul_4bit(x, weight, None, Expand(shrunk, b, good.rows, good.batch))
     with pytest.raises(ValueError, match="the plan has 3 tokens"):
-        matmul_4bit(x[:2], weight, None, Expand(good.shrunk[:, :2].clone(), good.b, good.rows, good.batch))
+        matmul_4bit(
+            x[:2], weight, None, Expand(good.shrunk[:, :2].clone(), good.b, good.rows, good.batch)
+        )

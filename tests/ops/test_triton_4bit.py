@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.device import DEVICE, DTYPES, on_device
+from support.device import DTYPES, on_device
 from support.fourbit import expand_case, quantized
 
 from manyhats_kernels import reference_4bit

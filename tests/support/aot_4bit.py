@@ -77,7 +77,7 @@ def matmul(
 
 
 def cases() -> Iterator[Case]:
-    """Each tile with everything that takes registers; a plain one; smaller steps along K; others."""
+    """Each tile with all that takes registers; a plain one; smaller steps along K; the others."""
     for tile in quant.MATMUL_TILES:
         dtype = "bf16" if tile.bits == 16 else "fp32"
         yield matmul(tile, dtype, tile.block_k, nested=True, parts=4, split=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from manyhats_kernels.backend import check_attention, check_store
 from manyhats_kernels.batch import AttentionBatch
 from manyhats_kernels.triton import attention_kernels as kernels
+from manyhats_kernels.triton import cache_kernels
 
 MAX_HEAD_DIM = 256
 
@@ -26,11 +27,16 @@ CHUNK = 256
 """Places of a context that a program takes at least; a multiple of every tile's ``block_kv``."""
 
 STORE_BLOCK = 1024
+DECODE_WARPS = 4
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Tiles for heads of up to ``head`` values of ``bits``; a prefill tile has ``block_m`` rows."""
+    """Tiles for heads of up to ``head`` values of ``bits``.
+
+    ``block_m`` rows (queries times the heads that share a kv head) and ``warps`` are a prefill's;
+    decoding takes as few rows as the heads need, and :data:`DECODE_WARPS`.
+    """
 
     bits: int
     head: int
@@ -41,8 +47,8 @@ class AttentionTile:
 
 
 ATTENTION_TILES = (
-    AttentionTile(bits=16, head=64, block_m=64, block_kv=64, warps=4, stages=3),
-    AttentionTile(bits=16, head=128, block_m=64, block_kv=64, warps=4, stages=2),
+    AttentionTile(bits=16, head=64, block_m=64, block_kv=64, warps=4, stages=2),
+    AttentionTile(bits=16, head=128, block_m=128, block_kv=64, warps=8, stages=2),
     AttentionTile(bits=16, head=256, block_m=64, block_kv=32, warps=8, stages=2),
     AttentionTile(bits=32, head=128, block_m=16, block_kv=32, warps=4, stages=2),
     AttentionTile(bits=32, head=256, block_m=16, block_kv=16, warps=4, stages=2),
@@ -88,7 +94,7 @@ class TritonAttention:
         tokens, kv_heads, dim = k.shape
         if not tokens:
             return
-        kernels.store_kernel[(tokens, -(-kv_heads * dim // STORE_BLOCK))](
+        cache_kernels.store_kernel[(tokens, -(-kv_heads * dim // STORE_BLOCK))](
             k,
             v,
             k_cache,
@@ -167,7 +173,6 @@ class _Call:
             "BLOCK_SIZE": self.batch.block_size,
             "BLOCK_KV": self.tile.block_kv,
             "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
-            "num_warps": self.tile.warps,
             "num_stages": self.tile.stages,
         }
 
@@ -188,6 +193,7 @@ class _Call:
             *self._numbers(),
             MEMBERS=members,
             BLOCK_M=block_m,
+            num_warps=self.tile.warps,
             **self._shape(),
         )
 
@@ -219,6 +225,7 @@ class _Call:
             SPLITS=SPLITS,
             CHUNK=CHUNK,
             DIRECT=splits == 1,
+            num_warps=DECODE_WARPS,
             **self._shape(),
         )
         if splits > 1:

@@ -43,9 +43,9 @@ DEQUANTIZE_FROM = {"sm_80": 256, "sm_90": 256}
 """Tokens from which a chip dequantizes first and multiplies in 16 bits. Not yet measured.
 
 Reading at 4 bits repeats the decoding for each 64 tokens: about ``N K`` table look-ups, of which
-an SM does 32 a cycle, so 2.3 us for 4096 x 4096 on 132 SMs at 1.7 GHz. Dequantizing moves 4.5 bytes
-a weight more or less once: 22 us at 3.35 TB/s. The two meet after some nine tiles of 64 tokens; cuBLAS
-is nearer to the tensor cores' rate than a kernel that decodes, which brings the point down."""
+an SM does 32 a cycle, so 2.3 us for 4096 x 4096 on 132 SMs at 1.7 GHz. Dequantizing moves 4.5
+bytes a weight, once: 22 us at 3.35 TB/s. The two meet after some nine tiles of 64 tokens; cuBLAS is
+nearer to the tensor cores' rate than a kernel that decodes, which brings the point down."""
 
 DEQUANTIZE_FROM_ELSEWHERE = 256
 DEQUANTIZE_BLOCK = 4096

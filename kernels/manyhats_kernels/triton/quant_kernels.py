@@ -1,4 +1,4 @@
-"""Bodies of the 4-bit kernels; ``quant.py`` launches them, ``reference_4bit.py`` says what they mean.
+"""Bodies of the 4-bit kernels; ``quant.py`` launches them, ``reference_4bit.py`` defines them.
 
 A value is the product of its code and its run's scale in fp32, rounded once to the activations'
 type, so that the weights that meet the tensor cores are bitsandbytes' own, bit for bit. (Launchers
@@ -203,32 +203,14 @@ def matmul_kernel(
         x_part = tl.load(x_of + k, mask=real[None, :], other=0.0)
         sums = tl.dot(w, x_part, sums, input_precision=PRECISION)
     if PARTS > 0:
+        # fmt: off
         sums = add_expand(
-            sums,
-            tokens,
-            columns,
-            num_tokens,
-            n_out,
-            shrunk,
-            slots,
-            segment_slots,
-            segment_offsets,
-            num_segments,
-            start_of,
-            count_of,
-            b,
-            pool_rows,
-            stride_b,
-            stride_shrunk,
-            width,
-            part,
-            num_parts,
-            PARTS,
-            BLOCK_N,
-            BLOCK_T,
-            BLOCK_R,
-            EXPAND_PRECISION,
+            sums, tokens, columns, num_tokens, n_out,
+            shrunk, slots, segment_slots, segment_offsets, num_segments,
+            start_of, count_of, b, pool_rows, stride_b, stride_shrunk, width,
+            part, num_parts, PARTS, BLOCK_N, BLOCK_T, BLOCK_R, EXPAND_PRECISION,
         )
+        # fmt: on
     places = tokens[None, :].to(tl.int64) * n_out + columns[:, None]
     shown = inside[:, None] & real[None, :]
     if SPLIT:
