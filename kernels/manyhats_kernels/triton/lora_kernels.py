@@ -48,7 +48,8 @@ def activate(v, code):
     elif code == 3:
         v = 0.5 * v * (1.0 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
     elif code == 4:
-        v = v / (1.0 + tl.exp(-v))
+        small = tl.exp(-tl.abs(v))
+        v = v * tl.where(v < 0, small, 1.0) / (1.0 + small)
     elif code == 5:
         v = tanh(v)
     elif code == 6:
