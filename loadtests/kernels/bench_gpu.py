@@ -4,8 +4,8 @@
 
 Every line is one operation at one shape, made in four ways: by the Triton kernels, by a loop over
 the adapters in PyTorch, by gathering each token's rows and bmm, and three sites in one group. Each
-way's result is first held to the reference. Rows carry the device, the versions, quantiles over the
-rounds, the bound (the bytes over the bandwidth measured in this run) and how far off it the median is.
+way's result is first held to the reference. Rows carry the device, the versions, quantiles over
+the rounds, the bound (bytes over the bandwidth measured in this run) and how far off the median is.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def gather(x: torch.Tensor, site: Site, shape: Shape, batch: AdapterBatch) -> No
     """Each token's own copy of its rows, then batched products."""
     a = site.a.view(shape.adapters, shape.rank, -1).index_select(0, batch.slots)
     b = site.b.view(shape.adapters, shape.rank, -1).index_select(0, batch.slots)
-    site.y += torch.bmm(torch.bmm(x[:, None], a.transpose(1, 2)), b)[:, 0]
+    site.y.add_(torch.bmm(torch.bmm(x[:, None], a.transpose(1, 2)), b)[:, 0])
 
 
 def ways(backend: Any, shape: Shape, batch: AdapterBatch) -> dict[str, Callable[..., None]]:
-    """How a site is served, by name; gathering copies a rank row a token, so only for few tokens."""
+    """How a site is served, by name; gathering copies rows for each token: only for few."""
 
     def grouped(x: torch.Tensor, site: Site) -> None:
         backend.lora_add(site.y, x, site.a, site.b, site.rows, batch)
@@ -126,7 +126,7 @@ def main() -> int:
         made = calls_by_way(resolved.backend, shape, dtype, options.megabytes)
         for way, calls in made.items():
             sites = 3 if way.endswith("3 sites") else 1
-            bound = sites * shape.bytes_moved(dtype.itemsize) / rate * 1e6
+            bound = shape.bytes_moved(dtype.itemsize, sites) / rate * 1e6
             times = measure(calls, rounds=options.rounds)
             result = {
                 "shape": str(shape),

@@ -70,10 +70,10 @@ class Shape:
             f"{self.n_in} -> {self.n_out}"
         )
 
-    def bytes_moved(self, width: int) -> int:
-        """What any way must move: the worn rows, x, and y in and out."""
+    def bytes_moved(self, width: int, sites: int = 1) -> int:
+        """What any way must move: the worn rows, x once, and each site's y in and out."""
         weights = min(self.tokens, self.adapters) * self.rank * (self.n_in + self.n_out)
-        return width * (weights + self.tokens * (self.n_in + 2 * self.n_out))
+        return width * (sites * (weights + 2 * self.tokens * self.n_out) + self.tokens * self.n_in)
 
     def plan(self) -> AdapterBatch:
         """Token t wears adapter t modulo their number."""

@@ -26,7 +26,7 @@ from manyhats_kernels.reference import ReferenceBackend
 from manyhats_kernels.testing import assert_close
 from manyhats_kernels.triton.lora import Launcher
 from manyhats_kernels.triton.plan import token_tiles
-from manyhats_kernels.triton.tiles import ANY, Tile, TileTable
+from manyhats_kernels.triton.tiles import Tile, TileTable
 
 WIDTHS = {"shrink": (2048, 0), "expand": (0,)}
 SHAPES = {
@@ -35,7 +35,7 @@ SHAPES = {
     ("prefill", 2048): Shape(1024, 2, 16, 1024, 4096),
     ("prefill", 0): Shape(1024, 2, 16, 8192, 4096),
 }
-"""What stands for a phase and a width: by (phase, up_to) of the shrink."""
+"""What stands for a phase and a width: by (phase, up_to)."""
 
 SPANS = {"shrink": (64, 128, 256), "expand": (64, 128, 256)}
 SPLITS = {"decode": (2, 4, 8, 16), "prefill": (1, 2)}
@@ -51,33 +51,41 @@ def candidates(chip: str, op: str, phase: str, bits: int, up_to: int) -> Iterato
             yield Tile(chip, op, phase, bits, up_to, ranks, span, split, warps, stages)
 
 
-def seconds(tiles: tuple[Tile, ...], chip: str, shape: Shape, dtype: torch.dtype) -> float:
-    """Median microseconds of a site's shrink and expand with ``tiles`` before the others'."""
-    launcher = Launcher(TileTable((*tiles, *TileTable.load().rows)), chip)
-    plan = shape.plan()
-    cut = token_tiles(plan)
-    x, sites = shape.sites(shape.copies(256, dtype.itemsize), dtype)
-    first = sites[0]
-    launcher.add([first], x, cut, max_rows=256)
-    few = slice(0, 64)  # the reference goes token by token
-    expected = torch.zeros_like(first.y)
-    ReferenceBackend().lora_add(expected, x, first.a, first.b, first.rows, plan)
-    assert_close(first.y[few], expected[few])
-    calls = [lambda s=site: launcher.add([s], x, cut, max_rows=256) for site in sites]
-    return measure(calls, rounds=30).median
+class Place:
+    """The sites that stand for a place of the table, and what is right there."""
+
+    def __init__(self, chip: str, shape: Shape, dtype: torch.dtype) -> None:
+        self._chip = chip
+        self._plan = shape.plan()
+        self._tiles = token_tiles(self._plan)
+        self._x, self._sites = shape.sites(shape.copies(256, dtype.itemsize), dtype)
+        first = self._sites[0]
+        self._right = torch.zeros_like(first.y)
+        ReferenceBackend().lora_add(self._right, self._x, first.a, first.b, first.rows, self._plan)
+
+    def microseconds(self, tiles: tuple[Tile, ...]) -> float:
+        """Median of a site's shrink and expand with ``tiles`` before the table's others."""
+        launcher = Launcher(TileTable((*tiles, *TileTable.load().rows)), self._chip)
+        calls = [
+            lambda s=site: launcher.add([s], self._x, self._tiles, max_rows=256)
+            for site in self._sites
+        ]
+        self._sites[0].y.zero_()
+        calls[0]()
+        assert_close(self._sites[0].y, self._right)
+        return measure(calls, rounds=30).median
 
 
 def best(
     chip: str, op: str, phase: str, bits: int, up_to: int, beside: tuple[Tile, ...]
 ) -> Tile | None:
     """The fastest right tile for a place, None if the table's own is faster than all."""
-    shape = SHAPES[phase, up_to]
-    dtype = torch.bfloat16 if bits == 16 else torch.float32
-    chosen, least = None, seconds(beside, chip, shape, dtype)
+    place = Place(chip, SHAPES[phase, up_to], torch.bfloat16 if bits == 16 else torch.float32)
+    chosen, least = None, place.microseconds(beside)
     print(f"{op} {phase} {bits} bits up to {up_to}: {least:.1f} us as it is", flush=True)
     for tile in candidates(chip, op, phase, bits, up_to):
         try:
-            taken = seconds((tile, *beside), chip, shape, dtype)
+            taken = place.microseconds((tile, *beside))
         except (OutOfResources, AssertionError) as error:
             print(f"  passed over: {tile}: {error}", flush=True)
             continue
@@ -110,13 +118,8 @@ def main() -> int:
     if options.write:
         rows = TileTable.load().rows
         kept = [row for row in rows if (row.chip, row.bits) != (chip, options.bits)]
-        TileTable.dump((*found, *(r for r in kept if r.chip != ANY), *_any(kept)))
+        TileTable.dump((*found, *kept))
     return 0
-
-
-def _any(rows: list[Tile]) -> list[Tile]:
-    """The rows for every chip, which stand last."""
-    return [row for row in rows if row.chip == ANY]
 
 
 if __name__ == "__main__":

@@ -23,16 +23,9 @@ def padded(values: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def tensors(plan: StaticAdapterBatch) -> list[list[int]]:
-    return [
-        t.tolist()
-        for t in (
-            plan.slots,
-            plan.order,
-            plan.segment_slots,
-            plan.segment_offsets,
-            plan.tiles.table,
-        )
-    ]
+    table = plan.tiles.table
+    parts = (plan.slots, plan.order, plan.segment_slots, plan.segment_offsets, table)
+    return [part.tolist() for part in parts]
 
 
 def check(plan: StaticAdapterBatch, workload: Workload) -> None:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is made for Linux on x86-64 alone")
 
-from manyhats_kernels import resolve
+from manyhats_kernels import AdapterBatch, resolve
 from manyhats_kernels.reference import ReferenceBackend
 from manyhats_kernels.static_batch import StaticAdapterBatch
 from manyhats_kernels.testing import WORKLOADS, LoraCase, Workload, assert_close, lora_case
@@ -98,8 +98,7 @@ def test_a_captured_step_replays_every_plan_bit_by_bit(backend, dtype):
         plan.fill(slots)
         y.copy_(every.y)
         graph.replay()
-        eager = StaticAdapterBatch(32, len(counts), "cuda")
-        eager.fill(slots)
+        eager = AdapterBatch.build((*slots, *[-1] * (32 - len(slots))), len(counts), "cuda")
         expected = every.y.clone()
         backend.lora_add(expected, *arguments[1:5], eager)
         assert torch.equal(y, expected)
