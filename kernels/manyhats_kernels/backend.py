@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.batch import AdapterBatch, AttentionBatch, Planned
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -133,9 +133,7 @@ class Unpacker(Protocol):
         """
 
 
-def check_lora(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
-) -> None:
+def check_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: Planned) -> None:
     """Raise ValueError, naming what is wrong, unless the arguments fit :meth:`Backend.lora_add`."""
     if not y.dtype == x.dtype == a.dtype == b.dtype or x.dtype not in DTYPES:
         raise ValueError(
@@ -163,7 +161,7 @@ def check_run(slot: int, start: int, count: int, pool_rows: int) -> None:
         )
 
 
-def check_bias(y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
+def check_bias(y: Tensor, bias: Tensor, batch: Planned) -> None:
     """Raise ValueError unless the arguments fit :meth:`Backend.bias_add`."""
     if y.dtype != bias.dtype or y.dtype not in DTYPES:
         raise ValueError(f"y and bias must share a dtype of {DTYPES}, got {y.dtype}, {bias.dtype}")
