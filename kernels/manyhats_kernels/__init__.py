@@ -3,12 +3,17 @@
 from manyhats_kernels.backend import Backend, BackendUnavailableError, SiteRows, Unpacker
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.dispatch import Resolved, resolve
+from manyhats_kernels.fourbit import Expand, FourBit, FourBitWeight, NestedScales
 
 __all__ = [
     "AdapterBatch",
     "AttentionBatch",
     "Backend",
     "BackendUnavailableError",
+    "Expand",
+    "FourBit",
+    "FourBitWeight",
+    "NestedScales",
     "Resolved",
     "SiteRows",
     "Unpacker",

@@ -21,6 +21,7 @@ from manyhats.engine.attention import AttentionShape
 from manyhats.engine.model.attention import probe_attention
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
+from manyhats.engine.model.fourbit import read_four_bits
 from manyhats.engine.model.packed import unpack_long_batches
 from manyhats.engine.model.quantized import (
     keep_copy,
@@ -31,7 +32,7 @@ from manyhats.engine.model.quantized import (
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
 from manyhats.errors import ConfigError
-from manyhats_kernels import Unpacker
+from manyhats_kernels import FourBit, Unpacker
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ class BaseModel:
 
 
 def load_base(settings: Settings, backend: object = None) -> BaseModel:
-    """Loads what ``settings.model`` names; a ``backend`` that is an ``Unpacker`` speeds up 4 bits.
+    """Loads what ``settings.model`` names.
+
+    A ``backend`` speeds up 4 bits: an ``Unpacker`` on the CPU, a ``FourBit`` on a CUDA device.
 
     Raises ConfigError where the model, its tokenizer, the quantization or the device cannot be had.
     """
@@ -74,6 +77,8 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
         settle_cpu_layout(module, dtype)
         if device.type == "cpu" and isinstance(backend, Unpacker):
             unpack_long_batches(module, backend)
+        if device.type == "cuda" and isinstance(backend, FourBit):
+            read_four_bits(module, backend)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model: {source!r} cannot be loaded: {error}", param="model") from error
     base = wrap_base(
