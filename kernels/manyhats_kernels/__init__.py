@@ -4,18 +4,23 @@ from manyhats_kernels.backend import Backend, BackendUnavailableError, SiteRows,
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.dispatch import Resolved, resolve
 from manyhats_kernels.fourbit import Expand, FourBit, FourBitWeight, NestedScales
+from manyhats_kernels.static_attention import Capturable, StaticAttentionBatch
+from manyhats_kernels.static_batch import StaticAdapterBatch
 
 __all__ = [
     "AdapterBatch",
     "AttentionBatch",
     "Backend",
     "BackendUnavailableError",
+    "Capturable",
     "Expand",
     "FourBit",
     "FourBitWeight",
     "NestedScales",
     "Resolved",
     "SiteRows",
+    "StaticAdapterBatch",
+    "StaticAttentionBatch",
     "Unpacker",
     "resolve",
 ]

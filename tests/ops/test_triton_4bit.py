@@ -67,8 +67,7 @@ def test_dequantizes_to_the_references_bits(dtype, kind, nested, blocksize):
         assert torch.equal(actual.cpu(), reference_4bit.dequantize_4bit(weight, dtype))
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("tokens", [1, 7, 17, 70])
+@pytest.mark.parametrize(("tokens", "nested"), [(1, True), (17, False), (70, True)])
 @pytest.mark.parametrize(
     ("shape", "blocksize"),
     [((70, 192), 64), ((70, 160), 32), ((96, 256), 128), ((40, 128), 4096), ((31, 96), 64)],
@@ -111,9 +110,9 @@ def test_with_the_expand(dtype, shape, parts):
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_every_workload_with_the_expand(name):
     workload = WORKLOADS[name]()
-    weight, _, _ = quantized((72, 64), torch.float16)
+    weight, _, _ = quantized((40, 64), torch.float16)
     x = inputs(len(workload.slots), 64, torch.float16)
-    check(weight, x, None, expand_case(workload.slots, workload.counts, 72, torch.float16))
+    check(weight, x, None, expand_case(workload.slots, workload.counts, 40, torch.float16))
 
 
 def test_base_tokens_keep_the_bits_of_the_plain_product(dtype):
@@ -178,7 +177,7 @@ def drawn(draw):
     return slots, counts, n_in, draw(st.integers(1, 80)), draw(st.booleans())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(drawn(), st.sampled_from([32, 64, 128]))
 def test_drawn_shapes(case, blocksize):
     slots, counts, n_in, n_out, nested = case

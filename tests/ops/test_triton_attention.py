@@ -17,7 +17,7 @@ from manyhats_kernels.triton import attention
 from manyhats_kernels.triton.attention import TritonAttention
 
 TRITON = TritonAttention()
-MIXED = [(1, 17), (1, 1), (5, 5), (1, 60), (9, 40), (37, 37), (2, 16), (1, 33)]
+MIXED = [(1, 17), (1, 1), (5, 5), (9, 40), (37, 37), (1, 33)]
 
 
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -52,8 +52,15 @@ def in_fp32(case, **options):
     return run(wide, backend=ReferenceBackend(), **options)
 
 
-@pytest.mark.parametrize(("window", "cap"), [(None, None), (1, None), (7, 2.5), (33, None)])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(2, 2, 16, 16), (6, 2, 24, 8)])
+@pytest.mark.parametrize(
+    ("window", "cap", "heads", "kv_heads", "dim", "size"),
+    [
+        (None, None, 2, 2, 16, 16),
+        (1, None, 6, 2, 24, 8),
+        (7, 2.5, 6, 2, 24, 8),
+        (33, None, 2, 2, 16, 16),
+    ],
+)
 def test_mixed_batches(dtype, heads, kv_heads, dim, size, window, cap):
     case = attention_case(
         MIXED, heads=heads, kv_heads=kv_heads, dim=dim, block_size=size, dtype=dtype
@@ -102,7 +109,7 @@ def test_large_scores_stay_right():
     assert_close(run(case, 12.0, None, 50.0), capped, dtype=torch.float16)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(1, 7), st.integers(0, 40)).map(lambda t: (t[0], t[0] + t[1])),

@@ -59,6 +59,7 @@ class TritonBackend(TritonFourBit):
     """
 
     name = "triton"
+    takes_static_plans = True
 
     def __init__(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
 from manyhats.engine.client import AsyncEngine, Postbox
 from manyhats.engine.grammars import Grammars
+from manyhats.engine.graphs import CudaCapture, DecodeGraphs, GraphShape
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
 from manyhats.engine.layers import install
@@ -21,13 +23,13 @@ from manyhats.engine.model.spec import site_modules
 from manyhats.engine.pool import AdapterPool, adaptable
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.residency import AdapterResidency, NoAdapters
-from manyhats.engine.runner import ModelRunner
+from manyhats.engine.runner import ModelRunner, forward
 from manyhats.engine.sampling import Sampler
 from manyhats.engine.step import StepState
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import Digest
-from manyhats_kernels import Resolved
+from manyhats_kernels import Capturable, Resolved
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,13 @@ def build_engine(
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
         scheduler=scheduler,
-        runner=ModelRunner(base, pool, state, settings.block_size),
+        runner=ModelRunner(
+            base,
+            pool,
+            state,
+            settings.block_size,
+            _decode_graphs(settings, base, kernels, state, blocks.num_blocks),
+        ),
         postprocessor=Postprocessor(
             sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
             tokenizer=base.tokenizer.backend,
@@ -160,6 +168,24 @@ def _install_pool(
         "adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites)
     )
     return pool
+
+
+def _decode_graphs(
+    settings: Settings, base: BaseModel, kernels: Resolved, state: StepState, cache_blocks: int
+) -> DecodeGraphs | None:
+    """Captured decode steps, where device, backend and settings allow them."""
+    backend = kernels.backend
+    capturable = isinstance(backend, Capturable) and backend.takes_static_plans
+    if base.device.type != "cuda" or not settings.cuda_graphs or not capturable:
+        return None
+    shape = GraphShape(
+        max_num_seqs=settings.max_num_seqs,
+        max_blocks=-(-base.context_len // settings.block_size),
+        block_size=settings.block_size,
+        cache_blocks=cache_blocks,
+        slots=settings.slots if settings.adapter_layers else 0,
+    )
+    return DecodeGraphs(partial(forward, base.module), shape, state, base.device, CudaCapture())
 
 
 def _snapshot(

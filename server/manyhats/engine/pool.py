@@ -88,6 +88,11 @@ class SitePool:
             self._bias_slots &= ~(1 << slot)
             self._bias[slot].zero_()
 
+    def launches(self, state: StepState) -> int:
+        """What ``apply`` will launch in the step that is running: bit 0 rows, bit 1 a bias."""
+        rows = bool(self._row_slots & state.worn_slots)
+        return rows + 2 * (self._bias is not None and bool(self._bias_slots & state.worn_slots))
+
     def apply(self, x: torch.Tensor, y: torch.Tensor, state: StepState) -> None:
         """y[t] += (x[t] A^T) B + bias for each token that wears an adapter with parts here, in
         place.
@@ -126,6 +131,15 @@ class AdapterPool:
     def sites_of_slot(self) -> Sequence[int]:
         """Bitmask of the sites that each slot's adapter uses."""
         return self._sites_of_slot
+
+    def launches(self, state: StepState) -> tuple[int, ...]:
+        """What each site launches in the step that is running; empty where nobody wears anything.
+
+        Two steps of as many tokens that agree in it launch the same kernels on the same memory.
+        """
+        if not state.active_sites:
+            return ()
+        return tuple(site.launches(state) for site in self.sites)
 
     def ranks(self, adapter: CompiledAdapter) -> tuple[int, ...]:
         """Rows that the adapter needs at each site (0 where it has no low-rank part)."""
