@@ -45,7 +45,7 @@ def test_the_layers_own_weights_are_multiplied(dtype, bias, nested):
 
 def test_nothing_is_copied():
     module = layer(torch.float16)
-    weight = weight_of(module.weight)
+    weight = weight_of(module.weight.data, module.weight.quant_state)
     assert weight.packed.data_ptr() == module.weight.data.data_ptr()
     assert weight.absmax.data_ptr() == module.weight.quant_state.absmax.data_ptr()
 
@@ -60,4 +60,4 @@ def test_weights_repacked_for_the_cpu_are_refused():
     with torch.inference_mode():
         module(torch.zeros(1, 64, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="repacked"):
-        weight_of(module.weight)
+        weight_of(module.weight.data, module.weight.quant_state)

@@ -142,10 +142,10 @@ class TritonFourBit:
             if expand is not None:
                 _add_expand(y, expand)
             return y
-        return _fused(x, weight, bias, expand, tile, block_k, processors)
+        return fused(x, weight, bias, expand, tile, block_k, processors)
 
 
-def _fused(
+def fused(
     x: Tensor,
     weight: FourBitWeight,
     bias: Tensor | None,
@@ -154,6 +154,10 @@ def _fused(
     block_k: int,
     processors: int,
 ) -> Tensor:
+    """The product at 4 bits with the tile given; arguments must have been checked.
+
+    ``block_k`` divides K, ``processors`` are those among which programs are spread.
+    """
     (n_out, n_in), tokens = weight.shape, x.shape[0]
     out = torch.empty((tokens, n_out), dtype=x.dtype, device=x.device)
     if not tokens:

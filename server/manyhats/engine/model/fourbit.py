@@ -14,17 +14,16 @@ from transformers import PreTrainedModel
 from manyhats_kernels import FourBit, FourBitWeight, NestedScales
 
 
-def weight_of(parameter: Any) -> FourBitWeight:
-    """A ``Params4bit`` that was quantized, as the kernels take it: the same memory, nothing copied.
+def weight_of(packed: torch.Tensor, state: Any) -> FourBitWeight:
+    """What ``quantize_4bit`` gave, as the kernels take it: the same memory, nothing copied.
 
     Raises ValueError where its parts do not fit together (``packing_format_for_cpu`` among them).
     """
-    state = parameter.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError("the weight was repacked for bitsandbytes' CPU kernel")
     nested = state.state2
     return FourBitWeight(
-        packed=parameter.data.view(torch.uint8),
+        packed=packed.view(torch.uint8),
         shape=(state.shape[0], state.shape[1]),
         blocksize=state.blocksize,
         code=state.code,
@@ -43,7 +42,7 @@ class FourBitLinear:
     def __init__(self, module: Any, backend: FourBit) -> None:
         self._backend = backend
         self._module = module
-        self._weight = weight_of(module.weight)
+        self._weight = weight_of(module.weight.data, module.weight.quant_state)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] -> [..., out], of x's dtype."""
