@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from manyhats_kernels import Backend, BackendUnavailableError, dispatch, resolve
+from manyhats_kernels import triton as triton_package
 from manyhats_kernels.native import build as native_build
 
 CPU = torch.device("cpu")
@@ -99,6 +100,7 @@ def test_triton_on_an_old_device_is_refused(tmp_path, hopper, monkeypatch):
 def test_triton_that_is_not_installed_is_refused(tmp_path, hopper, monkeypatch):
     for module in ("backend", "bias", "bias_kernels"):
         monkeypatch.delitem(sys.modules, f"manyhats_kernels.triton.{module}", raising=False)
+        monkeypatch.delattr(triton_package, module, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton cannot be imported" in unavailable(tmp_path)
 

@@ -59,35 +59,16 @@ def activate(v, code):
 
 @triton.jit
 def shrink_kernel(
-    mid,
-    x,
-    order,
-    tiles,
-    a0,
-    a1,
-    a2,
-    start0,
-    start1,
-    start2,
-    count0,
-    count1,
-    count2,
-    pool_rows0,
-    pool_rows1,
-    pool_rows2,
-    stride_a0,
-    stride_a1,
-    stride_a2,
-    stride_x,
-    n_in,
-    num_places,
-    rank_cap,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    mid, x, order, tiles,
+    a0, a1, a2,
+    start0, start1, start2,
+    count0, count1, count2,
+    pool_rows0, pool_rows1, pool_rows2,
+    stride_a0, stride_a1, stride_a2,
+    stride_x, n_in, num_places, rank_cap,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """mid[site, part, i, r] = sum over the part's k of x[order[i], k] * a[start + r, k]."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -135,45 +116,54 @@ def shrink_kernel(
 
 
 @triton.jit
+def added_up(
+    first_part, mask, stride,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """The sum of the SPLIT_K parts of a block, ``stride`` values apart, in their order."""
+    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        total += tl.load(first_part + part * stride, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def with_ranks(
+    sums, mid_rows, b_columns, inner_bias, activation_of, slot, start, count,
+    real, inside, part_stride, stride_b,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``sums`` and f(mid) @ b over the slot's rows; b_columns points at its first row."""
+    for first in range(0, count, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        own = ranks < count
+        shrunk = added_up(
+            mid_rows + ranks[None, :], real & own[None, :], part_stride, BLOCK_T, BLOCK_R, SPLIT_K
+        )
+        if inner_bias is not None:
+            c = tl.load(inner_bias + start + ranks, mask=own, other=0.0)
+            shrunk += c.to(tl.float32)[None, :]
+        if activation_of is not None:
+            shrunk = activate(shrunk, tl.load(activation_of + slot))
+        b_part = tl.load(
+            b_columns + ranks[:, None] * stride_b, mask=own[:, None] & inside, other=0.0
+        )
+        sums = tl.dot(shrunk, b_part.to(tl.float32), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def expand_kernel(
-    mid,
-    order,
-    tiles,
-    y0,
-    y1,
-    y2,
-    b0,
-    b1,
-    b2,
-    start0,
-    start1,
-    start2,
-    count0,
-    count1,
-    count2,
-    pool_rows0,
-    pool_rows1,
-    pool_rows2,
-    stride_y0,
-    stride_y1,
-    stride_y2,
-    stride_b0,
-    stride_b1,
-    stride_b2,
-    n_out0,
-    n_out1,
-    n_out2,
-    inner_bias,
-    activation_of,
-    outer_bias,
-    num_places,
-    rank_cap,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    mid, order, tiles,
+    y0, y1, y2, b0, b1, b2,
+    start0, start1, start2, count0, count1, count2,
+    pool_rows0, pool_rows1, pool_rows2, stride_y0, stride_y1, stride_y2, stride_b0, stride_b1, stride_b2,
+    n_out0, n_out1, n_out2,
+    inner_bias, activation_of, outer_bias, num_places, rank_cap,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """y[order[i], n] += sum over r of f(mid[site, :, i, r].sum()) * b[start + r, n] (+ a bias).
 
     f adds ``inner_bias[start + r]`` and applies the slot's activation, each where it is given. A
@@ -217,26 +207,10 @@ def expand_kernel(
     if outer_bias is not None:
         e = tl.load(outer_bias + slot.to(tl.int64) * n_out + columns, mask=inside, other=0.0)
         sums += e.to(tl.float32)[None, :]
-    mid_rows = mid + (site * SPLIT_K * num_places + places)[:, None] * rank_cap
-    for first in range(0, count, BLOCK_R):
-        ranks = first + tl.arange(0, BLOCK_R)
-        own = ranks < count
-        shrunk = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-        for part in tl.static_range(SPLIT_K):
-            shrunk += tl.load(
-                mid_rows + part * num_places * rank_cap + ranks[None, :],
-                mask=real[:, None] & own[None, :],
-                other=0.0,
-            )
-        if inner_bias is not None:
-            c = tl.load(inner_bias + start + ranks, mask=own, other=0.0)
-            shrunk += c.to(tl.float32)[None, :]
-        if activation_of is not None:
-            shrunk = activate(shrunk, tl.load(activation_of + slot))
-        b_part = tl.load(
-            b + ranks[:, None] * stride_b + columns[None, :],
-            mask=own[:, None] & inside[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(shrunk, b_part.to(tl.float32), sums, input_precision=PRECISION)
+    sums = with_ranks(
+        sums, mid + (site * SPLIT_K * num_places + places)[:, None] * rank_cap,
+        b + columns[None, :], inner_bias, activation_of, slot, start, count,
+        real[:, None], inside[None, :], num_places * rank_cap, stride_b,
+        BLOCK_T, BLOCK_R, SPLIT_K, PRECISION,
+    )  # fmt: skip
     tl.store(y_tile, sums, mask=shown)
