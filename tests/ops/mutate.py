@@ -3,9 +3,9 @@
     python tests/ops/mutate.py
 
 Each bug is a patch to the source of one module, loaded from a temporary copy and put in the
-module's place; the kernels run in Triton's interpreter, or on the GPU where there is one. A bug counts as caught when the check of its workload,
-which passes without it, fails. Prints one line a bug; exits with 1 when one goes unnoticed or a
-patch no longer fits the source.
+module's place; the kernels run in Triton's interpreter, or on the GPU where there is one. A bug
+counts as caught when the check of its workload, which passes without it, fails. Prints one line a
+bug; exits with 1 when one goes unnoticed or a patch no longer fits the source.
 """
 
 from __future__ import annotations
