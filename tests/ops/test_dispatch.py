@@ -98,7 +98,7 @@ def test_triton_on_an_old_device_is_refused(tmp_path, hopper, monkeypatch):
 
 
 def test_triton_that_is_not_installed_is_refused(tmp_path, hopper, monkeypatch):
-    for module in ("backend", "bias", "bias_kernels"):
+    for module in ("backend", "rows", "row_kernels"):
         monkeypatch.delitem(sys.modules, f"manyhats_kernels.triton.{module}", raising=False)
         monkeypatch.delattr(triton_package, module, raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -18,7 +18,7 @@ from manyhats.engine.loop import Deliver, EngineLoop
 from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
-from manyhats.engine.pool import AdapterPool, adaptable
+from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.residency import AdapterResidency, NoAdapters
 from manyhats.engine.runner import ModelRunner
@@ -65,7 +65,7 @@ def build_engine(
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
         residency = AdapterResidency(
-            SlotTable(settings.slots, [settings.rows] * len(pool.sites)),
+            SlotTable(settings.slots, pool.capacity),
             pool,
             load_adapter,
             host_bytes=settings.host_cache_mb << 20,
@@ -146,16 +146,17 @@ def _allocate_cache(
 def _install_pool(
     settings: Settings, base: BaseModel, kernels: Resolved, state: StepState
 ) -> AdapterPool:
-    sites = [site for site in base.spec.sites.values() if adaptable(site)]
+    sites = list(base.spec.sites.values())
     pool = AdapterPool(
         sites,
         rows=settings.rows,
         slots=settings.slots,
+        override_bytes=settings.override_mb << 20,
         dtype=base.dtype,
         device=base.device,
         backend=kernels.backend,
     )
-    install(site_modules(base.module, base.spec), pool, state)
+    install(site_modules(base.module, base.spec), base.blocks, pool, state)
     logger.info(
         "adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites)
     )
