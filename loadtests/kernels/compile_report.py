@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from manyhats_kernels.triton import bias, bias_kernels, lora_kernels
+from manyhats_kernels.triton import lora_kernels, row_kernels, rows
 from manyhats_kernels.triton.tiles import ANY, Tile, TileTable
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
@@ -89,11 +89,22 @@ def variants(table: TileTable) -> Iterator[Variant]:
         for split in sorted(met):
             yield lora_variant(tile, f"split{split}-{tile.name}", split, between=False)
         yield lora_variant(tile, f"bottleneck-{tile.name}", max(met), between=True)
-    signature = dict.fromkeys(("stride_y", "stride_bias", "n_out"), "i32")
-    signature |= {"y": "*bf16", "bias": "*bf16", "slots": "*i32", "BLOCK_N": "constexpr"}
-    constants = {"BLOCK_N": bias.COLUMNS}
-    kernel = bias_kernels.bias_kernel
-    yield Variant("bias", ANY, kernel, signature, constants, bias.WARPS, 1)
+    for name, flag in (("bias", False), ("scale", True)):
+        yield row_variant(name, row_kernels.row_kernel, {"SCALE": flag})
+    for name, flag in (("norm-rms", False), ("norm-layer", True)):
+        yield row_variant(name, row_kernels.norm_kernel, {"CENTERED": flag})
+
+
+def row_variant(name: str, kernel: Any, flags: dict[str, bool]) -> Variant:
+    """A kernel of row_kernels.py in bf16."""
+    constants = {**flags, "BLOCK_N": rows.COLUMNS}
+    types = dict.fromkeys(("y", "x", "values", "gain", "shift"), "*bf16")
+    types |= {"slots": "*i32", "has": "*i32", "eps": "fp32"}
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+    return Variant(name, ANY, kernel, signature, constants, rows.WARPS, 1)
 
 
 def key(tile: Tile) -> tuple[str, int]:
@@ -113,10 +124,16 @@ def lora_variant(tile: Tile, name: str, split: int, *, between: bool) -> Variant
         "SPLIT_K": split,
         "PRECISION": "ieee" if shrink or tile.bits == 32 else "tf32x3",
     }
-    types = {"mid": "*fp32", "order": "*i32", "tiles": "*i32", "activation_of": "*i32"}
-    types |= dict.fromkeys(("x", "inner_bias", "outer_bias"), value)
+    types = {
+        "mid": "*fp32",
+        "order": "*i32",
+        "tiles": "*i32",
+        "kinds": "*i32",
+        "down_bias": "*fp32",
+        "x": value,
+    }
     if not shrink and not between:
-        constants |= dict.fromkeys(("inner_bias", "activation_of", "outer_bias"))
+        constants |= dict.fromkeys(("down_bias", "kinds"))
     signature = {}
     for argument in kernel.arg_names:
         plain = argument.rstrip("012")
@@ -136,7 +153,7 @@ def compiled(variant: Variant, target: int) -> Row:
     aligned = [
         name
         for name, kind in variant.signature.items()
-        if kind.startswith("*") or name.startswith(("stride", "n_"))
+        if kind.startswith("*") or name.startswith(("stride", "n_")) or name == "n"
     ]
     names = variant.kernel.arg_names
     source = ASTSource(
@@ -201,7 +218,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
     options = parser.parse_args()
-    rows = [
+    report = [
         compiled(variant, target)
         for variant in variants(TileTable.load())
         for target in SHARED_LIMIT
@@ -211,12 +228,12 @@ def main() -> int:
         text = DOCUMENT.read_text("utf-8")
         head, _, rest = text.partition(BEGIN)
         tail = rest.partition(END)[2]
-        DOCUMENT.write_text(f"{head}{BEGIN}\n{markdown(rows)}\n{END}{tail}", "utf-8")
+        DOCUMENT.write_text(f"{head}{BEGIN}\n{markdown(report)}\n{END}{tail}", "utf-8")
     elif options.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        print(json.dumps([dataclasses.asdict(row) for row in report]))
     else:
-        print(markdown(rows))
-    problems = [row.problem for row in rows if row.problem]
+        print(markdown(report))
+    problems = [row.problem for row in report if row.problem]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

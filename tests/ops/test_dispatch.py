@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from manyhats_kernels import Backend, BackendUnavailableError, dispatch, resolve
+from manyhats_kernels import triton as triton_package
 from manyhats_kernels.native import build as native_build
 
 CPU = torch.device("cpu")
@@ -97,10 +98,9 @@ def test_triton_on_an_old_device_is_refused(tmp_path, hopper, monkeypatch):
 
 
 def test_triton_that_is_not_installed_is_refused(tmp_path, hopper, monkeypatch):
-    package = sys.modules["manyhats_kernels.triton"]
     for module in [m for m in sys.modules if m.startswith("manyhats_kernels.triton.")]:
         monkeypatch.delitem(sys.modules, module)
-        monkeypatch.delattr(package, module.rpartition(".")[2])
+        monkeypatch.delattr(triton_package, module.rpartition(".")[2])
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton cannot be imported" in unavailable(tmp_path)
 

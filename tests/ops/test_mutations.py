@@ -18,7 +18,7 @@ BUGS = (
 
 
 def test_every_planted_bug_is_caught(repository):
-    """In a process of its own, where the interpreter is set whatever this one has."""
+    """In a process of its own, so that no patched module is left in this one."""
     done = subprocess.run(
         [sys.executable, repository / "tests" / "ops" / "mutate.py"],
         capture_output=True,

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is made for Linux on x86-64 alone")
 
-from manyhats_kernels import AdapterBatch, resolve
+from manyhats_kernels import GATED, AdapterBatch, resolve
 from manyhats_kernels.reference import ReferenceBackend
 from manyhats_kernels.static_batch import StaticAdapterBatch
 from manyhats_kernels.testing import WORKLOADS, LoraCase, Workload, assert_close, lora_case
@@ -105,10 +105,36 @@ def test_a_captured_step_replays_every_plan_bit_by_bit(backend, dtype):
         assert slots == () or not torch.equal(y, every.y)
 
 
-def test_bias_add(backend, dtype):
-    case = lora_case(WORKLOADS["last_slot"](), 8, 1030, dtype, device="cuda")
-    bias = torch.randn(5, 1030, device="cuda").to(dtype)
+@pytest.mark.parametrize("name", ["distinct", "ranks_mixed", "long_segment", "empty_segment"])
+def test_bottleneck_add(backend, dtype, name):
+    workload = WORKLOADS[name]()
+    case = lora_case(workload, 576, 576, dtype, device="cuda")
+    bias = torch.randn(case.a.shape[0], device="cuda")
+    kinds = [s % 7 + GATED * (s % 2) for s in range(len(workload.counts))]
+    arguments = (case.x, case.a, case.b, bias, torch.tensor(kinds, device="cuda").int())
     (_, y), (_, expected) = case.fresh_y(), case.fresh_y()
-    backend.bias_add(y, bias, case.batch)
-    ReferenceBackend().bias_add(expected, bias, case.batch)
+    backend.bottleneck_add(y, *arguments, case.rows, case.batch)
+    ReferenceBackend().bottleneck_add(expected, *arguments, case.rows, case.batch)
+    assert_close(y, expected)
+    base = case.batch.slots == -1
+    assert torch.equal(y[base], case.y[base])
+
+
+def test_bias_add_and_scale_rows(backend, dtype):
+    case = lora_case(WORKLOADS["last_slot"](), 8, 1030, dtype, device="cuda")
+    own = torch.randn(5, 1030, device="cuda").to(dtype)
+    (_, y), (_, expected) = case.fresh_y(), case.fresh_y()
+    for other, result in ((backend, y), (ReferenceBackend(), expected)):
+        other.bias_add(result, own, case.batch)
+        other.scale_rows(result, own, case.batch)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("centered", [False, True], ids=["rms", "layer"])
+def test_norm_rows(backend, dtype, centered):
+    case = lora_case(WORKLOADS["last_slot"](), 4096, 4096, dtype, device="cuda")
+    gain, has = torch.randn(5, 4096, device="cuda").to(dtype), torch.ones(5, device="cuda").int()
+    (_, y), (_, expected) = case.fresh_y(), case.fresh_y()
+    for other, result in ((backend, y), (ReferenceBackend(), expected)):
+        other.norm_rows(result, case.x, gain, has, gain[0], case.batch, eps=1e-6, centered=centered)
+    assert_close(y, expected)

@@ -22,8 +22,8 @@ from manyhats_kernels.backend import (
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.cpu import attend_sequence
 from manyhats_kernels.native.build import build, load
+from manyhats_kernels.native.parts import DTYPE_CODES, NativeParts, check_memory
 
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_HEAD_DIM = 256
 
 PREFILL_QUERIES = 32
@@ -42,7 +42,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-class NativeBackend:
+class NativeBackend(NativeParts):
     """C kernels on the CPU; see :class:`manyhats_kernels.backend.Backend`.
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
@@ -63,6 +63,7 @@ class NativeBackend:
         self._store_kv = library.mh_store_kv
         self._attention = library.mh_attention
         self._unpack4 = library.mh_unpack4
+        super().__init__(library)
 
     @classmethod
     def load(cls, cache_dir: Path) -> NativeBackend:
@@ -122,7 +123,7 @@ class NativeBackend:
             len(segments),
         )
         if failed:
-            _check_memory(failed)
+            check_memory(failed)
             slot = batch.worn[failed - 1]
             check_run(slot, int(rows.start[slot]), int(rows.count[slot]), a.shape[0])
 
@@ -220,7 +221,7 @@ class NativeBackend:
             sliding_window or 0,
             soft_cap or 0.0,
         )
-        _check_memory(failed)
+        check_memory(failed)
         if batch.max_query_len > in_place:
             for sequence, queries in enumerate(batch.host_query_lens):
                 if queries > in_place:
@@ -242,8 +243,3 @@ class NativeBackend:
             out.size(1),
             out.size(1) // absmax.size(0),
         )
-
-
-def _check_memory(failed: int) -> None:
-    if failed == -1:
-        raise MemoryError("the native kernels could not allocate their scratch memory")

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from manyhats_kernels.backend import BackendUnavailableError
 
-SOURCES = ("kernels.c", "typed.h", "lora.h", "attention.h", "vec.h")
+SOURCES = (
+    *("kernels.c", "typed.h", "lora.h", "attention.h", "parts.h", "vec.h", "packed4.h"),
+    *("parts_plan.h", "parts_entry.h"),
+)
 FLAGS = (
     *("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
     # errno and traps only: NaN and infinity keep their meaning
@@ -50,7 +53,7 @@ def build(compiler: str | None, cache_dir: Path) -> Path:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as folder:
             made = Path(folder) / "kernels.so"
-            _run([compiler, *flags, str(source / SOURCES[0]), "-o", str(made)])
+            _run([compiler, *flags, str(source / SOURCES[0]), "-o", str(made), "-lm"])
             os.replace(made, target)  # noqa: PTH105  Path.replace is the same call
     except OSError as error:
         raise BackendUnavailableError(f"cannot keep native code in {cache_dir}: {error}") from error

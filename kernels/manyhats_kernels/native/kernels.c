@@ -69,6 +69,8 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
     return &g->segments[low];
 }
 
+#include "parts_plan.h"
+
 #define T bf16
 #define NAME(f) f##_bf16
 #define LOAD load_bf16
@@ -211,3 +213,4 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
 }
 
 #include "packed4.h"
+#include "parts_entry.h"

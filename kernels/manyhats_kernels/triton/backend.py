@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
-from manyhats_kernels.backend import SiteRows, check_bias, check_lora
+from manyhats_kernels.backend import (
+    SiteRows,
+    check_bias,
+    check_bottleneck,
+    check_lora,
+    check_norm,
+)
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.static_batch import StaticAdapterBatch
-from manyhats_kernels.triton.bias import bias_add
 from manyhats_kernels.triton.lora import Between, Launcher, Site
 from manyhats_kernels.triton.plan import TokenTiles, token_tiles
 from manyhats_kernels.triton.quant import TritonFourBit
-
-ACTIVATIONS = ("linear", "relu", "gelu", "gelu_new", "swish", "tanh", "leakyrelu")
-"""Functions between a bottleneck's matrices, as AdapterHub names them; a slot's code is the place
-in this tuple. ``gelu_new`` is the tanh form, ``leakyrelu`` has slope 0.01."""
+from manyhats_kernels.triton.rows import combine_rows, norm_rows
 
 
 class Attention(Protocol):
@@ -118,40 +119,59 @@ class TritonBackend(TritonFourBit):
     def bottleneck_add(
         self,
         y: Tensor,
-        h: Tensor,
+        x: Tensor,
         down: Tensor,
         up: Tensor,
+        down_bias: Tensor,
+        kinds: Tensor,
         rows: SiteRows,
-        activations: Tensor,
         batch: AdapterBatch | StaticAdapterBatch,
-        *,
-        inner_bias: Tensor | None = None,
-        outer_bias: Tensor | None = None,
     ) -> None:
-        """``y[t] += act_s(h[t] @ down_s.T + c_s) @ up_s + e_s`` in place, ``s = batch.slots[t]``.
-
-        ``h`` is ``[T, in]``, ``y`` ``[T, out]``, ``down`` ``[R, in]``, ``up`` ``[R, out]`` and
-        ``rows`` as in :meth:`lora_add`; c is the slot's run of ``inner_bias`` ``[R]``, e its row of
-        ``outer_bias`` ``[slots, out]``, both contiguous and of the others' dtype; ``activations``,
-        int32 ``[slots]``, has each slot's place in :data:`ACTIVATIONS`. Tokens of the base and of
-        slots with no rows keep their bits. fp32 throughout, rounded once (Houlsby et al. 2019;
-        AdapterHub's ``Adapter`` module). Raises ValueError on what does not fit.
-        """
-        check_lora(y, h, down, up, rows, batch)
-        _check_between(y, down, activations, inner_bias, outer_bias, batch.num_slots)
+        """See :meth:`Backend.bottleneck_add`: two launches."""
+        check_lora(y, x, down, up, rows, batch)
+        check_bottleneck(down, down_bias, kinds, batch)
+        _check_strides(down_bias, kinds)
         self._launcher.add(
             [Site(y, down, up, rows)],
-            h,
+            x,
             self._tiles_of(batch),
             max_rows=self._max_width,
-            between=Between(activations, inner_bias, outer_bias),
+            between=Between(down_bias, kinds),
         )
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch | StaticAdapterBatch) -> None:
         """See :meth:`Backend.bias_add`: one launch."""
         check_bias(y, bias, batch)
-        if isinstance(batch, StaticAdapterBatch) or batch.segments:
-            bias_add(y, bias, batch.slots)
+        _check_strides(y, bias)
+        if _any_worn(batch):
+            combine_rows(y, bias, batch.slots, scale=False)
+
+    def scale_rows(
+        self, y: Tensor, scale: Tensor, batch: AdapterBatch | StaticAdapterBatch
+    ) -> None:
+        """See :meth:`Backend.scale_rows`: one launch."""
+        check_bias(y, scale, batch, "scale")
+        _check_strides(y, scale)
+        if _any_worn(batch):
+            combine_rows(y, scale, batch.slots, scale=True)
+
+    def norm_rows(
+        self,
+        y: Tensor,
+        x: Tensor,
+        gain: Tensor,
+        has: Tensor,
+        shift: Tensor | None,
+        batch: AdapterBatch | StaticAdapterBatch,
+        *,
+        eps: float,
+        centered: bool,
+    ) -> None:
+        """See :meth:`Backend.norm_rows`: one launch."""
+        check_norm(y, x, gain, has, shift, batch)
+        _check_strides(y, x, gain, has, *(() if shift is None else (shift,)))
+        if _any_worn(batch):
+            norm_rows(y, x, gain, has, shift, batch.slots, eps=eps, centered=centered)
 
     def _tiles_of(self, batch: AdapterBatch | StaticAdapterBatch) -> TokenTiles:
         """The plan's tiles, made once a plan."""
@@ -162,27 +182,11 @@ class TritonBackend(TritonFourBit):
         return self._tiles[batch]
 
 
-def _check_between(
-    y: Tensor,
-    down: Tensor,
-    activations: Tensor,
-    inner_bias: Tensor | None,
-    outer_bias: Tensor | None,
-    num_slots: int,
-) -> None:
-    if activations.dtype != torch.int32 or activations.ndim != 1 or len(activations) < num_slots:
-        raise ValueError(
-            f"activations must be int32 [{num_slots}], got {activations.dtype} "
-            f"{tuple(activations.shape)}"
-        )
-    for name, bias, wanted in (
-        ("inner_bias", inner_bias, (down.shape[0],)),
-        ("outer_bias", outer_bias, (num_slots, y.shape[1])),
-    ):
-        if bias is None:
-            continue
-        fits = bias.ndim == len(wanted) and bias.shape[0] >= wanted[0]
-        if not fits or bias.shape[1:] != wanted[1:] or not bias.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {wanted}, got {tuple(bias.shape)}")
-        if bias.dtype != y.dtype:
-            raise ValueError(f"{name} must be of y's {y.dtype}, got {bias.dtype}")
+def _check_strides(*tensors: Tensor) -> None:
+    if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
+        raise ValueError("the last dimension of every tensor must be contiguous")
+
+
+def _any_worn(batch: AdapterBatch | StaticAdapterBatch) -> bool:
+    """Whether a token may wear an adapter: of a static plan the host does not know."""
+    return isinstance(batch, StaticAdapterBatch) or bool(batch.segments)

@@ -40,15 +40,10 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Between:
-    """What a bottleneck does between shrink and expand, and after it.
+    """What a bottleneck does between shrink and expand: see ``Backend.bottleneck_add``."""
 
-    ``inner_bias`` [R] is added to the shrunk rows, ``activations`` int32 [slots] names each slot's
-    function (see ``lora_kernels.activate``), ``outer_bias`` [slots, out] is added to y.
-    """
-
-    activations: Tensor
-    inner_bias: Tensor | None
-    outer_bias: Tensor | None
+    down_bias: Tensor
+    kinds: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +140,8 @@ def launch_expand(
         *_three([site.y.stride(0) for site in sites]),
         *_three([site.b.stride(0) for site in sites]),
         *_three([site.y.shape[1] for site in sites]),
-        between.inner_bias if between else None,
-        between.activations if between else None,
-        between.outer_bias if between else None,
+        between.down_bias if between else None,
+        between.kinds if between else None,
         tiles.places,
         mid.shape[3],
         BLOCK_T=tile.tokens,

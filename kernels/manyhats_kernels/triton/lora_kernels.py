@@ -39,55 +39,42 @@ def tanh(v):
 
 
 @triton.jit
+def logistic(v):
+    """1 / (1 + exp(-v)), from exp(-|v|)."""
+    small = tl.exp(-tl.abs(v))
+    return tl.where(v < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
 def activate(v, code):
-    """The function that ``code`` names; see ``bottleneck.ACTIVATIONS``."""
-    if code == 1:
+    """The function at that place of ``backend.ACTIVATIONS``."""
+    if code == 0:
         v = tl.maximum(v, 0.0)
-    elif code == 2:
+    elif code == 1:
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    elif code == 3:
+    elif code == 2:
         v = 0.5 * v * (1.0 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
+    elif code == 3:
+        v = v * logistic(v)
     elif code == 4:
-        small = tl.exp(-tl.abs(v))
-        v = v * tl.where(v < 0, small, 1.0) / (1.0 + small)
-    elif code == 5:
         v = tanh(v)
-    elif code == 6:
+    elif code == 5:
         v = tl.where(v < 0, 0.01 * v, v)
     return v
 
 
 @triton.jit
 def shrink_kernel(
-    mid,
-    x,
-    order,
-    tiles,
-    a0,
-    a1,
-    a2,
-    start0,
-    start1,
-    start2,
-    count0,
-    count1,
-    count2,
-    pool_rows0,
-    pool_rows1,
-    pool_rows2,
-    stride_a0,
-    stride_a1,
-    stride_a2,
-    stride_x,
-    n_in,
-    num_places,
-    rank_cap,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    mid, x, order, tiles,
+    a0, a1, a2,
+    start0, start1, start2,
+    count0, count1, count2,
+    pool_rows0, pool_rows1, pool_rows2,
+    stride_a0, stride_a1, stride_a2,
+    stride_x, n_in, num_places, rank_cap,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """mid[site, part, i, r] = sum over the part's k of x[order[i], k] * a[start + r, k]."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -135,49 +122,72 @@ def shrink_kernel(
 
 
 @triton.jit
-def expand_kernel(
-    mid,
-    order,
-    tiles,
-    y0,
-    y1,
-    y2,
-    b0,
-    b1,
-    b2,
-    start0,
-    start1,
-    start2,
-    count0,
-    count1,
-    count2,
-    pool_rows0,
-    pool_rows1,
-    pool_rows2,
-    stride_y0,
-    stride_y1,
-    stride_y2,
-    stride_b0,
-    stride_b1,
-    stride_b2,
-    n_out0,
-    n_out1,
-    n_out2,
-    inner_bias,
-    activation_of,
-    outer_bias,
-    num_places,
-    rank_cap,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """y[order[i], n] += sum over r of f(mid[site, :, i, r].sum()) * b[start + r, n] (+ a bias).
+def added_up(
+    first_part, mask, stride,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """The sum of the SPLIT_K parts of a block, ``stride`` values apart, in their order."""
+    total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for part in tl.static_range(SPLIT_K):
+        total += tl.load(first_part + part * stride, mask=mask, other=0.0)
+    return total
 
-    f adds ``inner_bias[start + r]`` and applies the slot's activation, each where it is given. A
-    run outside the pool makes the tokens NaN.
+
+@triton.jit
+def gate_of(
+    mid_rows, real, part_stride, gate_bias, kind, BLOCK_T: tl.constexpr, SPLIT_K: tl.constexpr
+):
+    """A gated bottleneck's factor of each token, from its last row; 1 without a gate."""
+    gate = tl.full((BLOCK_T, 1), 1.0, tl.float32)
+    if (kind & 256) != 0:
+        gate = logistic(added_up(mid_rows, real, part_stride, BLOCK_T, 1, SPLIT_K) + gate_bias)
+    return gate
+
+
+@triton.jit
+def with_ranks(
+    sums, mid_rows, b_columns, down_bias, kind, start, count,
+    real, inside, part_stride, stride_b,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``sums`` and f(mid) @ b over the slot's rows; b_columns points at its first row."""
+    if down_bias is not None:
+        last = tl.load(down_bias + start + count - 1)
+        gate = gate_of(mid_rows + count - 1, real, part_stride, last, kind, BLOCK_T, SPLIT_K)
+    for first in range(0, count, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        own = ranks < count
+        shrunk = added_up(
+            mid_rows + ranks[None, :], real & own[None, :], part_stride, BLOCK_T, BLOCK_R, SPLIT_K
+        )
+        if down_bias is not None:
+            shrunk += tl.load(down_bias + start + ranks, mask=own, other=0.0)[None, :]
+            shrunk = activate(shrunk, kind & 255)
+            shrunk = tl.where(ranks[None, :] == count - 1, 1.0, shrunk) * gate
+        b_part = tl.load(
+            b_columns + ranks[:, None] * stride_b, mask=own[:, None] & inside, other=0.0
+        )
+        sums = tl.dot(shrunk, b_part.to(tl.float32), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def expand_kernel(
+    mid, order, tiles,
+    y0, y1, y2, b0, b1, b2,
+    start0, start1, start2, count0, count1, count2,
+    pool_rows0, pool_rows1, pool_rows2,
+    stride_y0, stride_y1, stride_y2, stride_b0, stride_b1, stride_b2,
+    n_out0, n_out1, n_out2,
+    down_bias, kinds, num_places, rank_cap,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[order[i], n] += sum over r of f(mid[site, :, i, r].sum()) * b[start + r, n].
+
+    f is the function of a bottleneck (see ``Backend.bottleneck_add``) where ``down_bias`` and
+    ``kinds`` are given. A run outside the pool makes the tokens NaN.
     """
     tile = tl.program_id(0)
     site = tl.program_id(2)
@@ -214,29 +224,13 @@ def expand_kernel(
         tl.store(y_tile, tl.full((BLOCK_T, BLOCK_N), float("nan"), tl.float32), mask=shown)
         return
     sums = tl.load(y_tile, mask=shown, other=0.0).to(tl.float32)
-    if outer_bias is not None:
-        e = tl.load(outer_bias + slot.to(tl.int64) * n_out + columns, mask=inside, other=0.0)
-        sums += e.to(tl.float32)[None, :]
-    mid_rows = mid + (site * SPLIT_K * num_places + places)[:, None] * rank_cap
-    for first in range(0, count, BLOCK_R):
-        ranks = first + tl.arange(0, BLOCK_R)
-        own = ranks < count
-        shrunk = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-        for part in tl.static_range(SPLIT_K):
-            shrunk += tl.load(
-                mid_rows + part * num_places * rank_cap + ranks[None, :],
-                mask=real[:, None] & own[None, :],
-                other=0.0,
-            )
-        if inner_bias is not None:
-            c = tl.load(inner_bias + start + ranks, mask=own, other=0.0)
-            shrunk += c.to(tl.float32)[None, :]
-        if activation_of is not None:
-            shrunk = activate(shrunk, tl.load(activation_of + slot))
-        b_part = tl.load(
-            b + ranks[:, None] * stride_b + columns[None, :],
-            mask=own[:, None] & inside[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(shrunk, b_part.to(tl.float32), sums, input_precision=PRECISION)
+    kind = 0
+    if kinds is not None:
+        kind = tl.load(kinds + slot)
+    sums = with_ranks(
+        sums, mid + (site * SPLIT_K * num_places + places)[:, None] * rank_cap,
+        b + columns[None, :], down_bias, kind, start, count,
+        real[:, None], inside[None, :], num_places * rank_cap, stride_b,
+        BLOCK_T, BLOCK_R, SPLIT_K, PRECISION,
+    )  # fmt: skip
     tl.store(y_tile, sums, mask=shown)

@@ -20,7 +20,7 @@ from manyhats.engine.loop import Deliver, EngineLoop
 from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
-from manyhats.engine.pool import AdapterPool, adaptable
+from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.residency import AdapterResidency, NoAdapters
 from manyhats.engine.runner import ModelRunner, forward
@@ -67,7 +67,7 @@ def build_engine(
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
         residency = AdapterResidency(
-            SlotTable(settings.slots, [settings.rows] * len(pool.sites)),
+            SlotTable(settings.slots, pool.capacity),
             pool,
             load_adapter,
             host_bytes=settings.host_cache_mb << 20,
@@ -85,13 +85,7 @@ def build_engine(
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
         scheduler=scheduler,
-        runner=ModelRunner(
-            base,
-            pool,
-            state,
-            settings.block_size,
-            _decode_graphs(settings, base, kernels, state, blocks.num_blocks),
-        ),
+        runner=_runner(settings, base, kernels, pool, state, blocks.num_blocks),
         postprocessor=Postprocessor(
             sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
             tokenizer=base.tokenizer.backend,
@@ -154,38 +148,45 @@ def _allocate_cache(
 def _install_pool(
     settings: Settings, base: BaseModel, kernels: Resolved, state: StepState
 ) -> AdapterPool:
-    sites = [site for site in base.spec.sites.values() if adaptable(site)]
+    sites = list(base.spec.sites.values())
     pool = AdapterPool(
         sites,
         rows=settings.rows,
         slots=settings.slots,
+        override_bytes=settings.override_mb << 20,
         dtype=base.dtype,
         device=base.device,
         backend=kernels.backend,
     )
-    install(site_modules(base.module, base.spec), pool, state)
+    install(site_modules(base.module, base.spec), base.blocks, pool, state)
     logger.info(
         "adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites)
     )
     return pool
 
 
-def _decode_graphs(
-    settings: Settings, base: BaseModel, kernels: Resolved, state: StepState, cache_blocks: int
-) -> DecodeGraphs | None:
-    """Captured decode steps, where device, backend and settings allow them."""
-    backend = kernels.backend
+def _runner(
+    settings: Settings,
+    base: BaseModel,
+    kernels: Resolved,
+    pool: AdapterPool | None,
+    state: StepState,
+    cache_blocks: int,
+) -> ModelRunner:
+    """With captured decode steps, where device, backend and settings allow them."""
+    backend, graphs = kernels.backend, None
     capturable = isinstance(backend, Capturable) and backend.takes_static_plans
-    if base.device.type != "cuda" or not settings.cuda_graphs or not capturable:
-        return None
-    shape = GraphShape(
-        max_num_seqs=settings.max_num_seqs,
-        max_blocks=-(-base.context_len // settings.block_size),
-        block_size=settings.block_size,
-        cache_blocks=cache_blocks,
-        slots=settings.slots if settings.adapter_layers else 0,
-    )
-    return DecodeGraphs(partial(forward, base.module), shape, state, base.device, CudaCapture())
+    if base.device.type == "cuda" and settings.cuda_graphs and capturable:
+        shape = GraphShape(
+            max_num_seqs=settings.max_num_seqs,
+            max_blocks=-(-base.context_len // settings.block_size),
+            block_size=settings.block_size,
+            cache_blocks=cache_blocks,
+            slots=pool.slots if pool is not None else 0,
+        )
+        compute = partial(forward, base.module)
+        graphs = DecodeGraphs(compute, shape, state, base.device, CudaCapture())
+    return ModelRunner(base, pool, state, settings.block_size, graphs)
 
 
 def _snapshot(

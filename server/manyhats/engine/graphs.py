@@ -1,15 +1,16 @@
 """Decode steps as CUDA graphs: one launch by the host instead of some thousand.
 
-A graph is captured for a batch size and for what its layers launch (which sites have rows or a
-bias to add). What changes from step to step, ids, positions, attention and adapters, lies in
-buffers that the graph reads; a step of fewer sequences than the size is padded.
+A graph is captured for a batch size and for what its layers launch: the sites that have rows to
+add. Steps whose adapters have other parts run eagerly. What changes from step to step, ids,
+positions, attention and adapters, lies in buffers that the graph reads; a step of fewer sequences
+than the size is padded.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,11 +118,13 @@ class DecodeGraphs:
         self._capture = capture
         self._sizes = tuple(s for s in SIZES if s <= shape.max_num_seqs)
         self._buffers: dict[int, _Buffers] = {}
-        self._seen: Counter[Hashable] = Counter()
-        self._graphs: OrderedDict[Hashable, tuple[Callable[[], None], torch.Tensor]] = OrderedDict()
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._graphs: OrderedDict[tuple[int, int], tuple[Callable[[], None], torch.Tensor]] = (
+            OrderedDict()
+        )
         self._off = False
 
-    def takes(self, sequences: int, launches: Hashable) -> bool:
+    def takes(self, sequences: int, launches: int) -> bool:
         """Whether a decode step of this kind is, or is now due to be, a graph."""
         if self._off or not self._sizes or sequences > self._sizes[-1]:
             return False
@@ -139,7 +142,7 @@ class DecodeGraphs:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        launches: Hashable,
+        launches: int,
     ) -> torch.Tensor | None:
         """Logits [T, V] of a decode step, valid until the next one; plans are on the CPU.
 
@@ -170,7 +173,7 @@ class DecodeGraphs:
         with self._state.static(buffers.attention.batch, buffers.adapters):
             return self._capture(lambda: self._forward(ids, positions, buffers.wanted))
 
-    def _keep(self, key: Hashable, graph: tuple[Callable[[], None], torch.Tensor]) -> None:
+    def _keep(self, key: tuple[int, int], graph: tuple[Callable[[], None], torch.Tensor]) -> None:
         self._graphs[key] = graph
         if len(self._graphs) > MAX_GRAPHS:
             gone, _ = self._graphs.popitem(last=False)

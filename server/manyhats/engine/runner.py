@@ -84,7 +84,7 @@ class ModelRunner:
         try:
             logits = self._replay(items, ids, positions) if decodes else None
             if logits is None:
-                self._begin(items, counts, starts, self._device)
+                self._begin(items, counts, starts, wanted, self._device)
                 logits = forward(
                     self._module,
                     to_device(ids, self._device)[None],
@@ -101,9 +101,10 @@ class ModelRunner:
         """The logits of a decode step by a graph, None where it is to run eagerly."""
         if self._graphs is None:
             return None
-        plans = self._begin(items, np.ones_like(ids), positions, torch.device("cpu"))
-        launches = self._pool.launches(self._state) if self._pool is not None else ()
-        if not self._graphs.takes(ids.size, launches):
+        wanted = np.arange(ids.size)
+        plans = self._begin(items, np.ones_like(ids), positions, wanted, torch.device("cpu"))
+        launches = self._pool.launches(self._state) if self._pool is not None else 0
+        if launches is None or not self._graphs.takes(ids.size, launches):
             return None
         return self._graphs.run(ids, positions, *plans, launches)
 
@@ -112,6 +113,7 @@ class ModelRunner:
         items: Sequence[ScheduledSequence],
         counts: np.ndarray,
         starts: np.ndarray,
+        wanted: np.ndarray,
         device: torch.device,
     ) -> tuple[AttentionBatch, AdapterBatch]:
         attention = AttentionBatch.build(
@@ -127,7 +129,8 @@ class ModelRunner:
         num_slots = self._pool.slots if self._pool is not None else 0
         adapters = AdapterBatch.build(slots, num_slots, device)
         sites_of_slot = self._pool.sites_of_slot if self._pool is not None else ()
-        self._state.begin(attention, adapters, sites_of_slot)
+        virtual = _virtual_rows(items, np.cumsum(counts) - counts)
+        self._state.begin(attention, adapters, sites_of_slot, wanted=wanted, virtual=virtual)
         return attention, adapters
 
 
@@ -139,6 +142,18 @@ def forward(
         input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted
     ).logits[0]
     return logits
+
+
+def _virtual_rows(
+    items: Sequence[ScheduledSequence], begins: np.ndarray
+) -> list[tuple[int, int, int, int]]:
+    """Packed rows that are virtual tokens: (slot, begin, end, position of the first)."""
+    rows = []
+    for item, begin in zip(items, begins.tolist(), strict=True):
+        count = min(item.sequence.virtual_tokens - item.start, item.count)
+        if count > 0:
+            rows.append((item.sequence.slot, begin, begin + count, item.start))
+    return rows
 
 
 def _wanted_rows(
@@ -153,10 +168,13 @@ def _wanted_rows(
     rows: list[np.ndarray] = []
     for index, item in enumerate(items):
         if item.sequence.wants_prompt_logprobs:
-            count = min(item.count, item.sequence.prompt_len - 1 - item.start)
+            # Nothing scores a virtual token, nor the prompt's first one.
+            skipped = max(0, item.sequence.virtual_tokens - item.start)
+            count = min(item.count, item.sequence.prompt_len - 1 - item.start) - skipped
             if count > 0:
-                prompts.append((index, item.start, count))
-                rows.append(np.arange(begins[index], begins[index] + count))
+                prompts.append((index, item.start + skipped, count))
+                first = begins[index] + skipped
+                rows.append(np.arange(first, first + count))
     samples = np.fromiter((i.samples for i in items), np.bool_, len(items))
     rows.append(ends[samples] - 1)
     return np.concatenate(rows), prompts

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from manyhats.adapters.parts import BaseSpec
 from manyhats.config import Device, Dtype, Settings
 from manyhats.engine.attention import AttentionShape
-from manyhats.engine.model.attention import probe_attention
+from manyhats.engine.model.attention import probe
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
 from manyhats.engine.model.fourbit import read_four_bits
@@ -31,6 +31,7 @@ from manyhats.engine.model.quantized import (
 )
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
+from manyhats.engine.model.wiring import Blocks
 from manyhats.errors import ConfigError
 from manyhats_kernels import FourBit, Unpacker
 
@@ -42,7 +43,7 @@ TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP3
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """The base model in memory. ``layers``: its attention modules in order and what their caches
-    must hold.
+    must hold; ``blocks``: the modules of its residual sites.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BaseModel:
     tokenizer: ModelTokenizer
     spec: BaseSpec
     layers: list[tuple[nn.Module, AttentionShape]]
+    blocks: Blocks
     dtype: torch.dtype
     device: torch.device
     context_len: int
@@ -134,14 +136,15 @@ def wrap_base(
             param="max_context",
         )
     wrapped = ModelTokenizer(tokenizer)
-    spec = describe(module, digest)
-    layers = probe_attention(module)
+    probed = probe(module)
+    spec = describe(module, digest, probed.layers, probed.blocks)
     return BaseModel(
         name=name,
         module=module,
         tokenizer=wrapped,
         spec=spec,
-        layers=layers,
+        layers=probed.layers,
+        blocks=probed.blocks,
         dtype=dtype,
         device=module.device,
         context_len=max_context or limit,

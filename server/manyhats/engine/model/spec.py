@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,29 +11,51 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from manyhats.adapters.parts import BaseSpec, SiteKind, SiteSpec
+from manyhats.engine.attention import AttentionShape
+from manyhats.engine.model.norms import norm_kind
+from manyhats.engine.model.wiring import Blocks
 
 
-def describe(model: PreTrainedModel, digest: str) -> BaseSpec:
-    """The model's sites in its own order: linear layers, norms, embeddings and the head.
+def describe(
+    model: PreTrainedModel,
+    digest: str,
+    layers: Sequence[tuple[nn.Module, AttentionShape]] = (),
+    blocks: Blocks | None = None,
+) -> BaseSpec:
+    """The model's sites in its own order: linear layers, norms, embeddings, the head and, as far as
+    ``layers`` and ``blocks`` tell of them, attention and residual sites.
 
     Biases are copied to the CPU in fp32 (adapters that train biases are kept as differences to
     them).
     """
     head = model.get_output_embeddings()
+    attention = {id(module): shape for module, shape in layers}
     sites: dict[str, SiteSpec] = {}
     for name, module in model.named_modules():
-        site = _site(name, module, is_head=module is head)
+        shape = attention.get(id(module))
+        if shape is not None:
+            site: SiteSpec | None = SiteSpec(
+                name, SiteKind.ATTENTION, shape.kv_heads, shape.head_dim
+            )
+        else:
+            site = _site(name, module, is_head=module is head)
         if site is not None:
             sites[name] = site
-    return BaseSpec(
-        digest=digest, num_layers=int(model.config.get_text_config().num_hidden_layers), sites=sites
-    )
+    config = model.config.get_text_config()
+    hidden = int(config.hidden_size)
+    for name in blocks or ():
+        sites[name] = SiteSpec(name, SiteKind.RESIDUAL, hidden, hidden)
+    return BaseSpec(digest=digest, num_layers=int(config.num_hidden_layers), sites=sites)
 
 
 def site_modules(model: PreTrainedModel, spec: BaseSpec) -> Mapping[str, nn.Module]:
-    """Each site's module."""
+    """The module of each site that is one (residual sites are not)."""
     modules = dict(model.named_modules())
-    return {name: modules[name] for name in spec.sites}
+    return {
+        name: modules[name]
+        for name, site in spec.sites.items()
+        if site.kind is not SiteKind.RESIDUAL
+    }
 
 
 def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
@@ -45,10 +67,17 @@ def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
         kind = SiteKind.HEAD if is_head else SiteKind.LINEAR
         return SiteSpec(name, kind, module.in_features, module.out_features, False, bias)
     if isinstance(module, nn.Embedding):
-        return SiteSpec(name, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim)
+        ids, size = module.num_embeddings, module.embedding_dim
+        return SiteSpec(name, SiteKind.EMBEDDING, ids, size, scale=_embedding_scale(module))
     if "Norm" in type(module).__name__ and isinstance(
         getattr(module, "weight", None), torch.Tensor
     ):
         size = int(module.weight.numel())
-        return SiteSpec(name, SiteKind.NORM, size, size, False, bias)
+        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, norm_kind(module))
     return None
+
+
+def _embedding_scale(module: Any) -> float:
+    """What the module multiplies its rows by, rounded as it rounds it."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(torch.as_tensor(scale).to(module.weight.dtype))
