@@ -17,15 +17,9 @@ from manyhats_kernels.reference import ReferenceBackend
 from manyhats_kernels.testing import WORKLOADS, LoraCase, Workload, assert_close, lora_case
 from manyhats_kernels.triton.tiles import TileTable
 
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
 CASES = [(torch.float32, (33, 150)), (torch.float16, (70, 40))]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_scratch():
-    """torch.empty is NaN, so that scratch memory which nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(case: LoraCase, backend: Backend | None = None) -> tuple[torch.Tensor, torch.Tensor]:

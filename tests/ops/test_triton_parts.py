@@ -21,6 +21,8 @@ from manyhats_kernels.testing import (
     windowed,
 )
 
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
 DTYPES = (torch.float16, torch.float32)
 EVERY_KIND = [*range(len(ACTIVATIONS)), *(GATED + i for i in range(len(ACTIVATIONS)))]
 EVERY = Workload(

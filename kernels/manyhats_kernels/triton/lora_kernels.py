@@ -179,15 +179,14 @@ def expand_kernel(
     start0, start1, start2, count0, count1, count2,
     pool_rows0, pool_rows1, pool_rows2,
     stride_y0, stride_y1, stride_y2, stride_b0, stride_b1, stride_b2,
-    n_out0, n_out1, n_out2,
-    down_bias, kinds, num_places, rank_cap,
+    n_out0, n_out1, n_out2, down_bias, kinds, num_places, rank_cap,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[order[i], n] += sum over r of f(mid[site, :, i, r].sum()) * b[start + r, n].
 
-    f is the function of a bottleneck (see ``Backend.bottleneck_add``) where ``down_bias`` and
-    ``kinds`` are given. A run outside the pool makes the tokens NaN.
+    With ``down_bias`` and ``kinds`` f is the function of a bottleneck (``Backend.bottleneck_add``).
+    A run outside the pool makes the tokens NaN.
     """
     tile = tl.program_id(0)
     site = tl.program_id(2)
