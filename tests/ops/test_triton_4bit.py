@@ -17,6 +17,8 @@ from manyhats_kernels.testing import WORKLOADS, assert_close
 from manyhats_kernels.triton import quant
 from manyhats_kernels.triton.quant import TritonFourBit
 
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
 TRITON = TritonFourBit()
 RAGGED = ((-1, 0, 2, 1, 2, 2, 3), (3, 17, 40, 0))
 """Base rows, a slot without rows, ranks under, at and over a step of the loop."""
@@ -25,14 +27,6 @@ RAGGED = ((-1, 0, 2, 1, 2, 2, 3), (3, 17, 40, 0))
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """What ``torch.empty`` gives is NaN, so that a value that was never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(tokens, n_in, dtype, seed=0):

@@ -16,6 +16,8 @@ from manyhats_kernels.testing import assert_close, attention_case
 from manyhats_kernels.triton import attention
 from manyhats_kernels.triton.attention import TritonAttention
 
+pytestmark = pytest.mark.usefixtures("poisoned_scratch")
+
 TRITON = TritonAttention()
 MIXED = [(1, 17), (1, 1), (5, 5), (9, 40), (37, 37), (1, 33)]
 
@@ -23,14 +25,6 @@ MIXED = [(1, 17), (1, 1), (5, 5), (9, 40), (37, 37), (1, 33)]
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """What ``torch.empty`` gives is NaN, so that a value that was never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(case, scale=0.3, window=None, cap=None, backend=TRITON):
