@@ -188,6 +188,22 @@ def test_prompt_scores_and_prompts_are_never_captured(both):
         assert stand_in.sizes == []
 
 
+def test_steps_with_other_parts_than_rows_are_never_captured(both):
+    """A bias at one site is enough."""
+    captured, _, plain = both
+    name = "model.layers.0.mlp.up_proj"
+    bias = CompiledAdapter(Digest("b"), "lora", {name: SiteParts(bias=torch.full((96,), 0.5))})
+    for engine in (captured, plain):
+        pool = engine.engine.loop._runner._pool
+        pool.write(31, [0] * len(pool.capacity), bias)
+        state = engine.engine.loop._runner._state
+        state.active_sites, state.worn_slots = pool.sites_of_slot[31], 1 << 31
+        assert state.active_sites
+        assert pool.launches(state) is None
+        state.end()
+        assert pool.launches(state) == 0
+
+
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_no_model_reads_a_value_back(name, tmp_path, monkeypatch):
     """Every architecture's decode step could be captured, as far as a machine without one tells."""
