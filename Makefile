@@ -10,6 +10,8 @@ MAKEFLAGS += --no-print-directory
 # Any of these can be given on the command line, e.g. make install PYTHON=python3.12
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# For the tests where torch brings no triton of its own: its CPU build. The CUDA build names the version it needs.
+TRITON ?= 3.9.0
 # Where the CPU build of torch is taken from on a machine without an NVIDIA GPU, but only if plain pip
 # would bring the CUDA build there (several GB). Empty: plain pip, whatever it brings.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -109,7 +111,9 @@ $(STAMPS)/base: pyproject.toml $(STAMPS)/torch
 
 $(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
 	@echo "==> Manyhats and what it needs, with its tests and linters"
-	@$(INSTALL) -e '.[dev]' $(HUSH) | $(BRIEF)
+	@told=$$($(PIP) show torch); pin=; [[ $$told =~ Requires:[^$$'\n']*triton ]] || \
+	  pin="triton==$(TRITON); platform_system == 'Linux' and platform_machine == 'x86_64'"; \
+	$(INSTALL) -e '.[dev]' $${pin:+"$$pin"} $(HUSH) | $(BRIEF)
 	@touch $(STAMPS)/base $@
 
 $(STAMPS)/kernels: $(wildcard kernels/manyhats_kernels/native/*.c) | $(STAMPS)/base

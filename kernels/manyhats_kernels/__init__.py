@@ -9,6 +9,9 @@ from manyhats_kernels.backend import (
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.dispatch import Resolved, resolve
+from manyhats_kernels.fourbit import Expand, FourBit, FourBitWeight, NestedScales
+from manyhats_kernels.static_attention import Capturable, StaticAttentionBatch
+from manyhats_kernels.static_batch import StaticAdapterBatch
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,7 +20,14 @@ __all__ = [
     "AttentionBatch",
     "Backend",
     "BackendUnavailableError",
+    "Capturable",
+    "Expand",
+    "FourBit",
+    "FourBitWeight",
+    "NestedScales",
     "Resolved",
     "SiteRows",
+    "StaticAdapterBatch",
+    "StaticAttentionBatch",
     "resolve",
 ]

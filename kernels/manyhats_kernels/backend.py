@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.batch import AdapterBatch, AttentionBatch, Planned
 
 if TYPE_CHECKING:
     from manyhats_kernels.groups import SiteGroup
@@ -188,9 +188,7 @@ class Backend(Protocol):
         """
 
 
-def check_lora(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
-) -> None:
+def check_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: Planned) -> None:
     """Raise ValueError, naming what is wrong, unless the arguments fit :meth:`Backend.lora_add`."""
     if not y.dtype == x.dtype == a.dtype == b.dtype or x.dtype not in DTYPES:
         raise ValueError(
@@ -218,7 +216,7 @@ def check_run(slot: int, start: int, count: int, pool_rows: int) -> None:
         )
 
 
-def check_bias(y: Tensor, bias: Tensor, batch: AdapterBatch, name: str = "bias") -> None:
+def check_bias(y: Tensor, bias: Tensor, batch: Planned, name: str = "bias") -> None:
     """Raise ValueError unless the arguments fit :meth:`Backend.bias_add` (or ``scale_rows``)."""
     if y.dtype != bias.dtype or y.dtype not in DTYPES:
         raise ValueError(
@@ -234,7 +232,7 @@ def check_bias(y: Tensor, bias: Tensor, batch: AdapterBatch, name: str = "bias")
 
 
 def check_norm(
-    y: Tensor, x: Tensor, gain: Tensor, has: Tensor, shift: Tensor | None, batch: AdapterBatch
+    y: Tensor, x: Tensor, gain: Tensor, has: Tensor, shift: Tensor | None, batch: Planned
 ) -> None:
     """Raise ValueError unless the arguments fit :meth:`Backend.norm_rows`."""
     check_bias(y, gain, batch, "gain")
@@ -246,7 +244,7 @@ def check_norm(
         raise ValueError(f"shift {tuple(shift.shape)} and y {tuple(y.shape)} do not fit")
 
 
-def check_bottleneck(down: Tensor, down_bias: Tensor, kinds: Tensor, batch: AdapterBatch) -> None:
+def check_bottleneck(down: Tensor, down_bias: Tensor, kinds: Tensor, batch: Planned) -> None:
     """Raise ValueError unless what ``lora_add`` does not have fits ``bottleneck_add``."""
     if down_bias.dtype != torch.float32 or down_bias.shape != down.shape[:1]:
         raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,18 @@ def _int_array(values: Sequence[int] | npt.NDArray[np.integer], name: str) -> In
 def _to_device(array: npt.NDArray[np.integer], dtype: type, device: torch.device) -> Tensor:
     host = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
     return host if device.type == "cpu" else host.to(device, non_blocking=True)
+
+
+class Planned(Protocol):
+    """What the checks want to know of a plan, whichever form it has."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows that the batch's tensors have."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that the plan may name: ``0:num_slots``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,12 @@ from manyhats_kernels.backend import Backend, BackendUnavailableError
 from manyhats_kernels.cpu import TorchBackend
 from manyhats_kernels.native.backend import NativeBackend
 from manyhats_kernels.reference import ReferenceBackend
+from manyhats_kernels.triton.tiles import TileTable
 
 NAMES = ("auto", "reference", "torch", "native", "triton")
+
+OLDEST_CHIP = (8, 0)
+"""The compute capability from which the Triton kernels are compiled and checked."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def resolve(name: str, *, device: torch.device, cache_dir: Path) -> Resolved:
     if name == "native":
         return Resolved(_native(device, cache_dir), name, reason)
     if name == "triton":
-        raise BackendUnavailableError("no Triton backend is built into this version")
+        return Resolved(_triton(device), name, reason)
     raise ValueError(f"unknown kernel backend {name!r}: expected one of {', '.join(NAMES)}")
 
 
@@ -51,11 +55,38 @@ def _native(device: torch.device, cache_dir: Path) -> NativeBackend:
     return NativeBackend.load(cache_dir)
 
 
-def _automatic(device: torch.device, cache_dir: Path) -> Resolved:
-    if device.type != "cpu":
-        return Resolved(
-            TorchBackend(), "auto", f"plain PyTorch: no native backend for {device.type} yet"
+def _triton(device: torch.device) -> Backend:
+    if device.type != "cuda":
+        raise BackendUnavailableError(
+            f"the triton backend runs on a CUDA device, not on {device.type}"
         )
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("the triton backend needs a CUDA device: torch sees none")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CHIP:
+        raise BackendUnavailableError(
+            f"the triton backend needs compute capability {OLDEST_CHIP} or newer, "
+            f"{torch.cuda.get_device_name(device)} has {capability}"
+        )
+    try:
+        # Only here: a server without triton starts all the same.
+        from manyhats_kernels.triton.attention import TritonAttention
+        from manyhats_kernels.triton.backend import TritonBackend
+        from manyhats_kernels.triton.lora import Launcher
+    except ImportError as error:
+        raise BackendUnavailableError(f"triton cannot be imported: {error}") from error
+    launcher = Launcher(TileTable.load(), f"sm_{capability[0]}{capability[1]}")
+    return TritonBackend(TritonAttention(), launcher)
+
+
+def _automatic(device: torch.device, cache_dir: Path) -> Resolved:
+    if device.type == "cuda":
+        try:
+            return Resolved(_triton(device), "auto", "Triton kernels")
+        except BackendUnavailableError as error:
+            return Resolved(TorchBackend(), "auto", f"plain PyTorch, slower: {error}")
+    if device.type != "cpu":
+        return Resolved(TorchBackend(), "auto", f"plain PyTorch: nothing else for {device.type}")
     try:
         return Resolved(_native(device, cache_dir), "auto", "native C kernels, compiled here")
     except BackendUnavailableError as error:

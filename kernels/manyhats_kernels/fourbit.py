@@ -74,10 +74,11 @@ class FourBitWeight:
 class Expand:
     """The second half of the adapters' products, to be added to a matrix product's output.
 
-    ``y[t] += shrunk[t, :count] @ b[start:start + count]`` with the run of slot
-    ``batch.slots[t]``; tokens of the base take nothing. ``shrunk`` is fp32 ``[T, width]`` in the
-    batch's order of tokens, ``width`` at least the largest count of a worn slot; ``b`` is
-    ``[R, N]`` of x's dtype, its last dimension contiguous.
+    ``y[t] += shrunk[:, t, :count].sum(0) @ b[start:start + count]`` with the run of slot
+    ``batch.slots[t]``; tokens of the base take nothing. ``shrunk`` is fp32 ``[parts, T, width]``,
+    contiguous, in the batch's order of tokens, ``width`` at least the largest count of a worn slot;
+    ``b`` is ``[R, N]`` of x's dtype, its last dimension contiguous. A token whose slot's run is
+    outside ``b`` or wider than ``width`` becomes NaN on a GPU: the run is read there.
     """
 
     shrunk: Tensor
@@ -129,17 +130,18 @@ def check_matmul_4bit(
 
 def _check_expand(x: Tensor, n: int, expand: Expand) -> None:
     shrunk, b, batch = expand.shrunk, expand.b, expand.batch
-    if shrunk.ndim != 2 or shrunk.shape[0] != x.shape[0] or shrunk.dtype != torch.float32:
+    tokens = x.shape[0]
+    if shrunk.ndim != 3 or shrunk.shape[1] != tokens or shrunk.dtype != torch.float32:
         raise ValueError(
-            f"shrunk must be float32 [{x.shape[0]}, width], got {tuple(shrunk.shape)} "
+            f"shrunk must be float32 [parts, {tokens}, width], got {tuple(shrunk.shape)} "
             f"{shrunk.dtype}"
         )
     if b.ndim != 2 or b.shape[1] != n or b.dtype != x.dtype:
         raise ValueError(f"b must be [rows, {n}] of {x.dtype}, got {tuple(b.shape)} {b.dtype}")
-    if any(t.shape[1] > 1 and t.stride(1) != 1 for t in (shrunk, b)):
-        raise ValueError("the last dimension of shrunk and of b must be contiguous")
-    if batch.num_tokens != x.shape[0] or expand.rows.num_slots < batch.num_slots:
+    if not shrunk.is_contiguous() or (n > 1 and b.stride(1) != 1):
+        raise ValueError("shrunk, and the last dimension of b, must be contiguous")
+    if batch.num_tokens != tokens or expand.rows.num_slots < batch.num_slots:
         raise ValueError(
             f"the plan has {batch.num_tokens} tokens and {batch.num_slots} slots, x "
-            f"{x.shape[0]} rows, and rows cover {expand.rows.num_slots} slots"
+            f"{tokens} rows, and rows cover {expand.rows.num_slots} slots"
         )

@@ -45,5 +45,6 @@ def matmul_4bit(
         for token, slot in enumerate(expand.batch.slots.tolist()):
             if slot >= 0:
                 start, count = int(expand.rows.start[slot]), int(expand.rows.count[slot])
-                y[token] += expand.shrunk[token, :count] @ expand.b[start : start + count].float()
+                shrunk = expand.shrunk[:, token, :count].sum(0)
+                y[token] += shrunk @ expand.b[start : start + count].float()
     return y.to(x.dtype)

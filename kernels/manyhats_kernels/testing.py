@@ -18,7 +18,7 @@ from manyhats_kernels.backend import SiteRows
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 
 MARGIN = 3
-"""Columns of ``y``'s storage beyond its own."""
+"""Columns of NaN that the storage of x, y, a and b has beyond their own."""
 
 Bounds = tuple[float, float]
 TOLERANCE: dict[torch.dtype, Bounds] = {
@@ -63,7 +63,10 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 
 @dataclass(frozen=True, eq=False)
 class LoraCase:
-    """Arguments of ``lora_add``; ``y`` is a view of ``storage``, whose margin is NaN."""
+    """Arguments of ``lora_add``: windows in wider storage, whose margin is NaN.
+
+    So is every row of ``a`` and ``b`` that no worn slot owns. ``storage`` is that of ``y``.
+    """
 
     storage: Tensor
     y: Tensor
@@ -79,8 +82,22 @@ class LoraCase:
         return storage, storage[:, : self.y.shape[1]]
 
 
+def windowed(values: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """``values`` as a window in storage that is NaN to the right of it and below it."""
+    height, width = values.shape
+    storage = torch.full((height + 1, width + MARGIN), float("nan"), dtype=dtype, device=device)
+    storage[:height, :width] = values.to(device)
+    return storage[:height, :width]
+
+
 def lora_case(
-    workload: Workload, n_in: int, n_out: int, dtype: torch.dtype, *, seed: int = 0
+    workload: Workload,
+    n_in: int,
+    n_out: int,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> LoraCase:
     """Signed data for ``workload``; values of ``x @ A.T @ B`` and of ``y`` are about 1."""
     random = torch.Generator().manual_seed(seed)
@@ -98,19 +115,19 @@ def lora_case(
         b[own] = torch.randn(counts[slot], n_out, generator=random) * max(counts[slot], 1) ** -0.5
     storage = torch.full((len(slots), n_out + MARGIN), float("nan"))
     storage[:, :n_out] = torch.randn(len(slots), n_out, generator=random)
-    storage = storage.to(dtype)
+    storage = storage.to(device, dtype)
     rows = SiteRows(
-        torch.tensor([start[s] for s in range(len(counts))], dtype=torch.int32),
-        torch.tensor(counts, dtype=torch.int32),
+        torch.tensor([start[s] for s in range(len(counts))], dtype=torch.int32, device=device),
+        torch.tensor(counts, dtype=torch.int32, device=device),
     )
     return LoraCase(
         storage=storage,
         y=storage[:, :n_out],
-        x=torch.randn(len(slots), n_in, generator=random).to(dtype),
-        a=a.to(dtype),
-        b=b.to(dtype),
+        x=windowed(torch.randn(len(slots), n_in, generator=random), dtype, device),
+        a=windowed(a, dtype, device),
+        b=windowed(b, dtype, device),
         rows=rows,
-        batch=AdapterBatch.build(slots, len(counts)),
+        batch=AdapterBatch.build(slots, len(counts), device),
     )
 
 

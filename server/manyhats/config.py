@@ -86,6 +86,9 @@ class Settings(BaseSettings):
     dtype: Dtype = Field(default=Dtype.BF16, description="Activations, KV cache and adapters.")
     device: Device = Field(default=Device.AUTO, description="auto takes CUDA where it is present.")
     kernels: Kernels = Field(default=Kernels.AUTO, description="Kernel backend.")
+    cuda_graphs: bool = Field(
+        default=True, description="Capture decode steps in CUDA graphs, where the kernels allow it."
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads for the engine."
     )

@@ -30,3 +30,15 @@ def backend(request: pytest.FixtureRequest, native_cache: Path) -> Backend:
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty is NaN, so that scratch memory which nobody wrote shows."""
+    empty = torch.empty
+
+    def poisoned(*arguments: object, **options: object) -> torch.Tensor:
+        made = empty(*arguments, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)

@@ -15,7 +15,7 @@ SHAPES = [(32, 64), (3, 5), (7, 9), (1, 1), (33, 100), (40, 192)]
 
 @pytest.fixture(scope="module", autouse=True)
 def _eager():
-    """bitsandbytes compiles its generic dequantize, for seconds; the function runs as it is."""
+    """bitsandbytes compiles its generic dequantize; the same function runs as it is."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -115,11 +115,13 @@ def test_an_expand_that_does_not_fit_is_refused():
     matmul_4bit(x, weight, None, good)
     for shrunk, b, message in (
         (good.shrunk.half(), good.b, "shrunk must be float32"),
-        (good.shrunk[1:], good.b, "shrunk must be float32"),
+        (good.shrunk[:, 1:], good.b, "shrunk must be float32"),
         (good.shrunk, good.b[:, 1:], "b must be"),
-        (good.shrunk.T.contiguous().T, good.b, "contiguous"),
+        (good.shrunk.mT.contiguous().mT, good.b, "contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             matmul_4bit(x, weight, None, Expand(shrunk, b, good.rows, good.batch))
     with pytest.raises(ValueError, match="the plan has 3 tokens"):
-        matmul_4bit(x[:2], weight, None, Expand(good.shrunk[:2], good.b, good.rows, good.batch))
+        matmul_4bit(
+            x[:2], weight, None, Expand(good.shrunk[:, :2].clone(), good.b, good.rows, good.batch)
+        )

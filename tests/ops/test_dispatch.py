@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from manyhats_kernels import Backend, BackendUnavailableError, dispatch, resolve
+from manyhats_kernels import triton as triton_package
 from manyhats_kernels.native import build as native_build
 
 CPU = torch.device("cpu")
@@ -41,17 +43,66 @@ def test_auto_without_a_compiler_falls_back_and_says_why(tmp_path, monkeypatch):
         resolve("native", device=CPU, cache_dir=tmp_path)
 
 
-def test_auto_on_another_device(tmp_path):
-    resolved = resolve("auto", device=torch.device("cuda"), cache_dir=tmp_path)
-    assert resolved.backend.name == "torch"
-    assert "cuda" in resolved.reason
+def test_native_on_another_device(tmp_path):
     with pytest.raises(BackendUnavailableError, match="not on cuda"):
         resolve("native", device=torch.device("cuda"), cache_dir=tmp_path)
 
 
-def test_triton_is_refused(tmp_path):
-    with pytest.raises(BackendUnavailableError, match="no Triton backend is built"):
-        resolve("triton", device=CPU, cache_dir=tmp_path)
+def test_auto_on_a_device_that_no_kernel_knows(tmp_path):
+    resolved = resolve("auto", device=torch.device("meta"), cache_dir=tmp_path)
+    assert (resolved.backend.name, resolved.reason) == (
+        "torch",
+        "plain PyTorch: nothing else for meta",
+    )
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """torch says that it sees one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+
+
+@pytest.mark.parametrize("name", ["auto", "triton"])
+def test_triton_on_a_cuda_device(name, hopper, tmp_path):
+    pytest.importorskip("triton", reason="triton is made for Linux on x86-64 alone")
+    resolved = resolve(name, device=torch.device("cuda"), cache_dir=tmp_path)
+    assert (resolved.backend.name, resolved.requested) == ("triton", name)
+    assert isinstance(resolved.backend, Backend)
+
+
+def unavailable(tmp_path: Path, device: str = "cuda") -> str:
+    """Why triton is refused there; auto falls back and says the same."""
+    with pytest.raises(BackendUnavailableError) as caught:
+        resolve("triton", device=torch.device(device), cache_dir=tmp_path)
+    if device == "cuda":
+        automatic = resolve("auto", device=torch.device(device), cache_dir=tmp_path)
+        assert automatic.backend.name == "torch"
+        assert automatic.reason == f"plain PyTorch, slower: {caught.value}"
+    return str(caught.value)
+
+
+def test_triton_on_the_cpu_is_refused(tmp_path):
+    assert "runs on a CUDA device, not on cpu" in unavailable(tmp_path, "cpu")
+
+
+def test_triton_without_a_device_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees none" in unavailable(tmp_path)
+
+
+def test_triton_on_an_old_device_is_refused(tmp_path, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability (8, 0) or newer, a device has (7, 5)" in unavailable(tmp_path)
+
+
+def test_triton_that_is_not_installed_is_refused(tmp_path, hopper, monkeypatch):
+    for module in [m for m in sys.modules if m.startswith("manyhats_kernels.triton.")]:
+        monkeypatch.delitem(sys.modules, module)
+        monkeypatch.delattr(triton_package, module.rpartition(".")[2])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton cannot be imported" in unavailable(tmp_path)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):

@@ -53,13 +53,14 @@ def expand_case(
     n_out: int,
     dtype: torch.dtype,
     *,
+    parts: int = 1,
     seed: int = 0,
 ) -> Expand:
     """Signed shrunk rows; NaN in the columns over a token's own rank and in rows of other slots."""
     case = lora_case(Workload(slots, counts), 8, n_out, dtype, seed=seed)
     random = torch.Generator().manual_seed(seed + 1)
-    shrunk = torch.full((len(slots), max(counts) + 2), float("nan"))
+    shrunk = torch.full((parts, len(slots), max(counts, default=0) + 2), float("nan"))
     for token, slot in enumerate(slots):
         if slot >= 0:
-            shrunk[token, : counts[slot]] = torch.randn(counts[slot], generator=random)
+            shrunk[:, token, : counts[slot]] = torch.randn(parts, counts[slot], generator=random)
     return Expand(shrunk, case.b, case.rows, case.batch)

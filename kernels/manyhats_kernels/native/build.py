@@ -50,7 +50,7 @@ def build(compiler: str | None, cache_dir: Path) -> Path:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as folder:
             made = Path(folder) / "kernels.so"
-            _run([compiler, *flags, str(source / ENTRY), "-o", str(made), "-lm"])
+            _run([compiler, *flags, str(source / ENTRY), "-lm", "-o", str(made)])
             os.replace(made, target)  # noqa: PTH105  Path.replace is the same call
     except OSError as error:
         raise BackendUnavailableError(f"cannot keep native code in {cache_dir}: {error}") from error

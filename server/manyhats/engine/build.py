@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
 from manyhats.engine.client import AsyncEngine, Postbox
 from manyhats.engine.grammars import Grammars
+from manyhats.engine.graphs import CudaCapture, DecodeGraphs, GraphShape
 from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
@@ -23,13 +25,13 @@ from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
 from manyhats.engine.residency import AdapterResidency, NoAdapters
-from manyhats.engine.runner import ModelRunner
+from manyhats.engine.runner import ModelRunner, forward
 from manyhats.engine.sampling import Sampler
 from manyhats.engine.step import StepState
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import Digest
-from manyhats_kernels import Resolved
+from manyhats_kernels import Capturable, Resolved
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +79,12 @@ def build_engine(
             post=mailbox.post,
             observer=observer,
         )
-    install_projections(modules, base.shared, kernels.backend, state)
+    install_projections(modules, base.shared, base.dtype, kernels.backend, state)
     scheduler = _scheduler(settings, base, blocks, residency or NoAdapters())
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
         scheduler=scheduler,
-        runner=ModelRunner(base, pool, state, settings.block_size),
+        runner=_runner(settings, base, kernels, pool, state, blocks.num_blocks),
         postprocessor=Postprocessor(
             sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
             tokenizer=base.tokenizer.backend,
@@ -176,6 +178,30 @@ def _install_pool(
         "adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites)
     )
     return pool
+
+
+def _runner(
+    settings: Settings,
+    base: BaseModel,
+    kernels: Resolved,
+    pool: AdapterPool | None,
+    state: StepState,
+    cache_blocks: int,
+) -> ModelRunner:
+    """With captured decode steps, where device, backend and settings allow them."""
+    backend, graphs = kernels.backend, None
+    capturable = isinstance(backend, Capturable) and backend.takes_static_plans
+    if base.device.type == "cuda" and settings.cuda_graphs and capturable:
+        shape = GraphShape(
+            max_num_seqs=settings.max_num_seqs,
+            max_blocks=-(-base.context_len // settings.block_size),
+            block_size=settings.block_size,
+            cache_blocks=cache_blocks,
+            slots=pool.slots if pool is not None else 0,
+        )
+        compute = partial(forward, base.module)
+        graphs = DecodeGraphs(compute, shape, state, base.device, CudaCapture())
+    return ModelRunner(base, pool, state, settings.block_size, graphs)
 
 
 def _snapshot(

@@ -186,6 +186,21 @@ class AdapterPool:
         """Bitmask of the sites that each slot's adapter uses."""
         return self._sites_of_slot
 
+    def launches(self, state: StepState) -> int | None:
+        """What tells the running step's launches from those of others of as many tokens.
+
+        None where a worn adapter does more than multiply at linear layers: other parts may look at
+        values on the host, so such steps are not to be captured.
+        """
+        for index, site in enumerate(self.sites):
+            if not state.active_sites >> index & 1:
+                continue
+            if not isinstance(site, SitePool) or site.spec.kind is not SiteKind.LINEAR:
+                return None
+            if site.extras.slots & state.worn_slots:
+                return None
+        return state.active_sites
+
     @property
     def capacity(self) -> tuple[int, ...]:
         """Rows of each site that has rank rows, then the pages of the budget for whole tensors."""

@@ -88,13 +88,18 @@ class Projection(Hook):
 
 
 def install_projections(
-    modules: Mapping[str, nn.Module], shared: SharedInputs, backend: Backend, state: StepState
+    modules: Mapping[str, nn.Module],
+    shared: SharedInputs,
+    dtype: torch.dtype,
+    backend: Backend,
+    state: StepState,
 ) -> None:
     """Puts the groups in place of their members' forwards, after ``layers.install`` if at all."""
     for names in shared:
         members = [modules[name] for name in names]
         layers: list[Any] = [module.forward for module in members]
-        matrices = _matrices(members, layers, backend)
+        bf16 = dtype == torch.bfloat16
+        matrices = _matrices(members, layers, backend) if bf16 else None
         if len(members) == 1 and matrices is None:
             continue
         group = Projections(layers, backend, matrices)
@@ -126,15 +131,5 @@ def _matrices(
             return None
     wanted = all(backend.takes(weight) for weight in weights)
     kinds = {type(weight) for weight in weights}
-    dtypes = {bias.dtype for bias in biases if bias is not None} | {_dtype(members[0], layers[0])}
-    if not wanted or len(kinds) != 1 or dtypes != {torch.bfloat16}:
-        return None
-    return MatrixGroup(weights, biases)
-
-
-def _dtype(module: nn.Module, layer: Any) -> torch.dtype:
-    base = layer.base if isinstance(layer, AdaptedLayer) else layer
-    if isinstance(base, FourBitLinear):
-        return base.dtype
-    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
-    return dtype
+    rounded = all(bias is None or bias.dtype == torch.bfloat16 for bias in biases)
+    return MatrixGroup(weights, biases) if wanted and rounded and len(kinds) == 1 else None

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
+from manyhats.engine.graphs import DecodeGraphs
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.step import StepState, to_device
@@ -45,17 +47,26 @@ class ModelRunner:
     """
 
     def __init__(
-        self, base: BaseModel, pool: AdapterPool | None, state: StepState, block_size: int
+        self,
+        base: BaseModel,
+        pool: AdapterPool | None,
+        state: StepState,
+        block_size: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._module = base.module
         self._device = base.device
         self._pool = pool
         self._state = state
         self._block_size = block_size
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> StepLogits:
-        """One forward pass over the schedule's tokens; logits in the model's dtype."""
+        """One forward pass over the schedule's tokens; logits in the model's dtype.
+
+        Those of a captured step are valid until the next one.
+        """
         items = schedule.items
         counts = np.fromiter((i.count for i in items), np.int64, len(items))
         starts = np.fromiter((i.start for i in items), np.int64, len(items))
@@ -69,17 +80,33 @@ class ModelRunner:
             starts - (ends - counts), counts
         )
         wanted, prompts = _wanted_rows(items, ends - counts, ends)
-        self._begin(items, counts, starts, wanted)
+        decodes = ids.size == len(items) == wanted.size and not prompts
         try:
-            logits = self._module(
-                input_ids=to_device(ids, self._device)[None],
-                position_ids=to_device(positions, self._device)[None],
-                use_cache=False,
-                logits_to_keep=to_device(wanted, self._device),
-            ).logits[0]
+            logits = self._replay(items, ids, positions) if decodes else None
+            if logits is None:
+                self._begin(items, counts, starts, wanted, self._device)
+                logits = forward(
+                    self._module,
+                    to_device(ids, self._device)[None],
+                    to_device(positions, self._device)[None],
+                    to_device(wanted, self._device),
+                )
         finally:
             self._state.end()
         return _split(items, logits, prompts)
+
+    def _replay(
+        self, items: Sequence[ScheduledSequence], ids: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor | None:
+        """The logits of a decode step by a graph, None where it is to run eagerly."""
+        if self._graphs is None:
+            return None
+        wanted = np.arange(ids.size)
+        plans = self._begin(items, np.ones_like(ids), positions, wanted, torch.device("cpu"))
+        launches = self._pool.launches(self._state) if self._pool is not None else 0
+        if launches is None or not self._graphs.takes(ids.size, launches):
+            return None
+        return self._graphs.run(ids, positions, *plans, launches)
 
     def _begin(
         self,
@@ -87,22 +114,34 @@ class ModelRunner:
         counts: np.ndarray,
         starts: np.ndarray,
         wanted: np.ndarray,
-    ) -> None:
+        device: torch.device,
+    ) -> tuple[AttentionBatch, AdapterBatch]:
         attention = AttentionBatch.build(
             counts,
             starts + counts,
             [i.sequence.block_ids for i in items],
             self._block_size,
-            self._device,
+            device,
         )
         slots = np.repeat(
             np.fromiter((i.sequence.slot for i in items), np.int64, len(items)), counts
         )
         num_slots = self._pool.slots if self._pool is not None else 0
-        adapters = AdapterBatch.build(slots, num_slots, self._device)
+        adapters = AdapterBatch.build(slots, num_slots, device)
         sites_of_slot = self._pool.sites_of_slot if self._pool is not None else ()
         virtual = _virtual_rows(items, np.cumsum(counts) - counts)
         self._state.begin(attention, adapters, sites_of_slot, wanted=wanted, virtual=virtual)
+        return attention, adapters
+
+
+def forward(
+    module: nn.Module, ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """The logits [rows, V] of the rows ``wanted`` of a packed batch; ids and positions [1, T]."""
+    logits: torch.Tensor = module(
+        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted
+    ).logits[0]
+    return logits
 
 
 def _virtual_rows(

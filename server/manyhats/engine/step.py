@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
 
-from manyhats_kernels import AdapterBatch, AttentionBatch
+from manyhats_kernels import AdapterBatch, AttentionBatch, StaticAdapterBatch
 
 
 class StepState:
@@ -95,6 +97,20 @@ class StepState:
         self._wanted = wanted
         self.virtual = virtual
         self.active_sites, self.worn_slots = _masks(adapters.worn, sites_of_slot)
+
+    @contextmanager
+    def static(self, attention: AttentionBatch, adapters: StaticAdapterBatch) -> Iterator[None]:
+        """The running step with its plans in static buffers, for the capture of a graph.
+
+        The masks stay as they are: they decide what is launched, and so what the graph holds.
+        """
+        before = self._attention, self._adapters
+        # A backend that can be captured takes static plans where others take plain ones.
+        self._attention, self._adapters = attention, cast(AdapterBatch, adapters)
+        try:
+            yield
+        finally:
+            self._attention, self._adapters = before
 
     def end(self) -> None:
         """Forgets the plan."""

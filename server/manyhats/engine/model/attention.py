@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from manyhats.engine.attention import AttentionShape, PagedAttention
 from manyhats.engine.model.inputs import SharedInputs, watch_inputs
@@ -26,10 +26,6 @@ _HARMLESS = frozenset(
         "is_causal",
     }
 )
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
 
 
 def _paged(
@@ -86,10 +82,10 @@ def _probe(
     return query.transpose(1, 2).contiguous(), None
 
 
+# No mask is registered: transformers then makes none. Its making of one would read back from the
+# device whether several sequences are packed, in every step, and no CUDA graph could hold it.
 AttentionInterface.register(IMPLEMENTATION, _paged)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 AttentionInterface.register(_PROBE, _probe)
-AttentionMaskInterface.register(_PROBE, _no_mask)
 
 
 @dataclass(frozen=True, slots=True)

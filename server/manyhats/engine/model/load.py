@@ -21,7 +21,7 @@ from manyhats.engine.attention import AttentionShape
 from manyhats.engine.model.attention import probe
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
-from manyhats.engine.model.fourbit import use_four_bit_kernel
+from manyhats.engine.model.fourbit import read_four_bits
 from manyhats.engine.model.inputs import SharedInputs
 from manyhats.engine.model.quantized import (
     keep_copy,
@@ -33,7 +33,7 @@ from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
 from manyhats.engine.model.wiring import Blocks
 from manyhats.errors import ConfigError
-from manyhats_kernels.fourbit import FourBit
+from manyhats_kernels import FourBit
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
         module = _load_module(settings, source, digest, dtype, device)
         settle_cpu_layout(module, dtype)
         if isinstance(backend, FourBit):
-            use_four_bit_kernel(module, backend, dtype)
+            read_four_bits(module, backend)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model: {source!r} cannot be loaded: {error}", param="model") from error
     base = wrap_base(

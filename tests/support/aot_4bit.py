@@ -1,0 +1,128 @@
+"""Every specialization of the 4-bit kernels that the launchers' tables lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from support.aot import Case
+
+from manyhats_kernels.triton import quant, quant_kernels
+
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+def _quant(nested: bool) -> dict[str, Any]:
+    return {
+        "packed": "*u8",
+        "code": "*fp32",
+        "absmax": "*u8" if nested else "*fp32",
+        "nested_code": "*fp32" if nested else None,
+        "nested_scale": "*fp32" if nested else None,
+        "nested_offset": "*fp32" if nested else None,
+        "RUN": 64,
+        "NESTED": 256 if nested else 0,
+    }
+
+
+def _expand(dtype: str, parts: int) -> dict[str, Any]:
+    pointers = ("slots", "segment_slots", "segment_offsets", "start_of", "count_of")
+    sizes = ("num_segments", "pool_rows", "stride_b", "stride_shrunk", "width")
+    if not parts:
+        return {**dict.fromkeys((*pointers, "shrunk", "b")), **dict.fromkeys(sizes, "i32")}
+    return {
+        **dict.fromkeys(pointers, "*i32"),
+        **dict.fromkeys(sizes, "i32"),
+        "stride_b": "i32:16",
+        "stride_shrunk": "i32:16",
+        "shrunk": "*fp32",
+        "b": POINTERS[dtype],
+    }
+
+
+def matmul(
+    tile: quant.MatmulTile, dtype: str, block_k: int, *, nested: bool, parts: int, split: bool
+) -> Case:
+    """The product's kernel for a tile of the table."""
+    adapters = f" + expand of {parts} parts" if parts else ""
+    return Case(
+        f"matmul T{tile.block_t} K{block_k} {dtype}{' nested' if nested else ''}{adapters}"
+        f"{' split' if split else ''}",
+        quant_kernels.matmul_kernel,
+        {
+            "out": POINTERS[dtype],
+            "parts": "*fp32" if split else None,
+            "x": POINTERS[dtype],
+            "bias": None,
+            "num_tokens": "i32",
+            "n_out": "i32:16",
+            "n_in": "i32:16",
+            "stride_x": "i32:16",
+            **_quant(nested),
+            **_expand(dtype, parts),
+            "PARTS": parts,
+            "SPLIT": split,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_T": tile.block_t,
+            "BLOCK_K": block_k,
+            "BLOCK_R": quant.RANK_BLOCK,
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "EXPAND_PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        },
+        tile.warps,
+        tile.stages,
+        fusion=False,
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Each tile with all that takes registers; a plain one; smaller steps along K; the others."""
+    for tile in quant.MATMUL_TILES:
+        dtype = "bf16" if tile.bits == 16 else "fp32"
+        yield matmul(tile, dtype, tile.block_k, nested=True, parts=4, split=True)
+    first = quant.MATMUL_TILES[0]
+    yield matmul(first, "bf16", first.block_k, nested=False, parts=0, split=False)
+    yield matmul(first, "fp16", 32, nested=True, parts=0, split=True)
+    last = quant.tile_for(64, torch.bfloat16)
+    yield Case(
+        "dequantize bf16 nested",
+        quant_kernels.dequantize_kernel,
+        {
+            "out": "*bf16",
+            "num_values": "i32:16",
+            "BLOCK": quant.DEQUANTIZE_BLOCK,
+            **_quant(True),
+        },
+        warps=8,
+        fusion=False,
+    )
+    yield Case(
+        "reduce bf16",
+        quant_kernels.reduce_kernel,
+        {
+            "out": "*bf16",
+            "parts": "*fp32",
+            "bias": "*bf16",
+            "num_tokens": "i32",
+            "n_out": "i32:16",
+            "num_parts": "i32",
+            "BLOCK": quant.REDUCE_BLOCK,
+        },
+    )
+    yield Case(
+        "expand bf16",
+        quant_kernels.expand_kernel,
+        {
+            "out": "*bf16",
+            "num_tokens": "i32",
+            "n_out": "i32:16",
+            **_expand("bf16", 4),
+            "PARTS": 4,
+            "BLOCK_N": last.block_n,
+            "BLOCK_T": last.block_t,
+            "BLOCK_R": quant.RANK_BLOCK,
+            "PRECISION": "tf32",
+        },
+        warps=last.warps,
+    )
