@@ -32,7 +32,12 @@ class SiteSpec:
 
     ``in_features`` and ``out_features`` are logical ([tokens, in] -> [tokens, out]) whatever way
     the weight is stored; ``transposed`` is true for GPT-2's Conv1D. ``bias`` is the base's own bias
-    in fp32 on the CPU, [out], or None where it has none.
+    in fp32 on the CPU, [out], or None where it has none. Of an attention they are its kv heads and
+    their size.
+
+    ``offset`` is what a norm adds to its weight (Gemma: 1), ``scale`` what an embedding multiplies
+    its rows by (Gemma: the root of the width), ``tied_to`` the embedding whose weight a head
+    shares.
     """
 
     name: str
@@ -41,6 +46,9 @@ class SiteSpec:
     out_features: int
     transposed: bool = False
     bias: torch.Tensor | None = None
+    offset: float = 0.0
+    scale: float = 1.0
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +157,8 @@ class SiteParts:
       rows of W.
     - embedding: y = W[id], ``rows`` or ``dense`` ([ids, hidden]) instead of W, plus ``low_rank``
       with A's columns being ids; ``soft_prompt``, [tokens, hidden], are the vectors of the
-      adapter's virtual tokens, taken as they are.
+      adapter's virtual tokens, taken as they are. y is what the module puts out: a base that scales
+      its embeddings has every part scaled already.
     - norm: y = ``gain`` * normalized x + base's bias + ``bias``; ``gain`` replaces the weight and
       is what x is multiplied by (a base that multiplies by 1 + weight has it added already).
     - residual: the ``bottlenecks`` one after the other; with ``fusion`` side by side.
