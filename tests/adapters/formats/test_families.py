@@ -147,6 +147,31 @@ CASES = {
         family(peft.FourierFTConfig, n_frequency=50, scaling=90.0, target_modules=["c_attn"]),
     ),
     "c3a": ("llama", family(peft.C3AConfig, block_size=8, target_modules=ATTENTION)),
+    "oft": (
+        "qwen2",
+        family(peft.OFTConfig, oft_block_size=8, target_modules=[*ATTENTION, "down_proj"]),
+    ),
+    "oft exact, blocks adjusted": (
+        "llama",
+        family(peft.OFTConfig, oft_block_size=9, use_cayley_neumann=False, target_modules=MLP),
+    ),
+    "oft shared, by count": (
+        "qwen2",
+        family(
+            peft.OFTConfig,
+            r=8,
+            oft_block_size=0,
+            block_share=True,
+            num_cayley_neumann_terms=3,
+            target_modules=ATTENTION,
+        ),
+    ),
+    "oft two terms": (
+        "llama",
+        family(
+            peft.OFTConfig, oft_block_size=4, num_cayley_neumann_terms=2, target_modules=ATTENTION
+        ),
+    ),
     "prefix": ("llama", family(peft.PrefixTuningConfig, num_virtual_tokens=5)),
     "prefix biases": ("qwen2", family(peft.PrefixTuningConfig, num_virtual_tokens=3)),
     "prefix of heads": ("gpt2", family(peft.PrefixTuningConfig, num_virtual_tokens=4)),

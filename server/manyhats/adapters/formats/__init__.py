@@ -25,6 +25,7 @@ from manyhats.adapters.formats.lycoris import LOHA, LOKR
 from manyhats.adapters.formats.prefix import compile_prefix
 from manyhats.adapters.formats.products import DELORA, HRA, MISS
 from manyhats.adapters.formats.prompts import compile_multitask_prompt, compile_prompt
+from manyhats.adapters.formats.rotations import OFT
 from manyhats.adapters.formats.tokens import compile_trainable_tokens
 from manyhats.adapters.formats.tuner import compile_tuner
 from manyhats.adapters.formats.vera import VERA
@@ -56,6 +57,7 @@ IMPORTERS: Final[Mapping[str, Importer]] = {
     "DELORA": partial(compile_tuner, tuner=DELORA),
     "MISS": partial(compile_tuner, tuner=MISS),
     "HRA": partial(compile_tuner, tuner=HRA),
+    "OFT": partial(compile_tuner, tuner=OFT),
     "HIRA": partial(compile_tuner, tuner=HIRA),
     "ROAD": partial(compile_tuner, tuner=ROAD),
     "FOURIERFT": partial(compile_tuner, tuner=FOURIERFT),
@@ -83,7 +85,6 @@ REFUSED_FAMILIES: Final[Mapping[str, str]] = {
     "LILY": _SHARED,
     "FROD": _SHARED,
     "BOFT": _TURNS,
-    "OFT": _TURNS,
     "PSOFT": _TURNS,
     "DEFT": _TURNS,
     "SHIRA": _SPARSE,

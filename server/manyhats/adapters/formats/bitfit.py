@@ -22,7 +22,7 @@ from manyhats.errors import AdapterRejectedError
 
 BITFIT_TABLE: Final = field_table((), {})
 BEFT_TABLE: Final = field_table(
-    {"target_modules", "exclude_modules", "modules_to_save"}, {"init_weights": "how training began"}
+    {"target_modules", "modules_to_save"}, {"init_weights": "how training began"}
 )
 _KINDS: Final = frozenset({SiteKind.LINEAR, SiteKind.HEAD, SiteKind.NORM})
 
@@ -38,6 +38,8 @@ def compile_bitfit(job: Job) -> CompiledAdapter:
             biased[name] = site
         else:
             unknown.append(name)
+    if not biased and not unknown:
+        raise AdapterRejectedError("missing_tensors", "the file holds no bias at all")
     if unknown:
         raise AdapterRejectedError(
             "unused_tensors",

@@ -206,7 +206,11 @@ HIRA: Final = Tuner(
 
 ROAD: Final = Tuner(
     "RoAd",
-    tuner_table(frozenset({"variant", "group_size"}), {"init_weights": _START}),
+    tuner_table(
+        frozenset({"variant", "group_size"}),
+        {"init_weights": _START},
+        without=frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"}),
+    ),
     _plan_road,
     transposed=False,
 )
@@ -235,7 +239,11 @@ FOURIERFT: Final = Tuner(
 
 C3A: Final = Tuner(
     "C3A",
-    tuner_table(frozenset({"block_size", "block_size_pattern", "bias"}), {"init_weights": _START}),
+    tuner_table(
+        frozenset({"block_size", "block_size_pattern", "bias"}),
+        {"init_weights": _START},
+        without=frozenset({"exclude_modules"}),
+    ),
     _plan_c3a,
     transposed=False,
     own_bias="c3a_only",

@@ -71,7 +71,12 @@ def put_triplets(
     """A change that ``triplets`` brings near by a product within the bound of ranks."""
 
     def compute() -> dict[str, torch.Tensor]:
-        a, b, error = triplets()
+        try:
+            a, b, error = triplets()
+        except torch.linalg.LinAlgError:
+            raise AdapterRejectedError(
+                "non_finite", f"{source}: the weight change has no singular values in fp32"
+            ) from None
         found = {"error": torch.tensor([error])}
         return found | {"a": a, "b": b} if error <= max(EXACT, limit) else found
 

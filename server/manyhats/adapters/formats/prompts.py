@@ -69,6 +69,7 @@ _CPT: Final = dict.fromkeys(
         "opt_loss_decay_factor",
         "opt_projection_epsilon",
         "opt_projection_format_epsilon",
+        "tokenizer_name_or_path",
     ),
     "of training; PEFT saves the projected embeddings",
 )
@@ -86,7 +87,7 @@ TASK_FIELD: Final = "manyhats_task"
 TABLES: Final = {
     "PROMPT_TUNING": _table(_INIT),
     "P_TUNING": _table(_ENCODER),
-    "CPT": _table({**_INIT, **_CPT}),
+    "CPT": _table(_CPT),
     "MULTITASK_PROMPT_TUNING": _table(
         {
             **_INIT,

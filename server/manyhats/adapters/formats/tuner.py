@@ -52,9 +52,11 @@ def tuner_table(
     honoured: frozenset[str],
     irrelevant: Mapping[str, str],
     refused: Mapping[str, Refusal] | None = None,
+    *,
+    without: frozenset[str] = frozenset(),
 ) -> FieldTable:
-    """A family's fields beside those that select modules."""
-    return field_table(_SELECTING | honoured, irrelevant, refused)
+    """A family's fields beside those that select modules, of which it may be ``without`` some."""
+    return field_table((_SELECTING - without) | honoured, irrelevant, refused)
 
 
 def compile_tuner(job: Job, *, tuner: Tuner) -> CompiledAdapter:

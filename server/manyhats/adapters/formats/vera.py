@@ -80,6 +80,7 @@ VERA: Final = Tuner(
             "d_initial": "how training began",
             "init_weights": "how training began",
         },
+        without=frozenset({"exclude_modules"}),
     ),
     plan=_plan,
     transposed=True,
