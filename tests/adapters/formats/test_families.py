@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from manyhats.engine.model.parts_reference import PartsReference
 from manyhats.errors import AdapterRejectedError
 
 from .conftest import IDS, Saved, disturb, logits
@@ -229,6 +230,39 @@ def test_logits_equal_those_of_peft(base, config, bases, tune):
     torch.testing.assert_close(served, saved.logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(served.argmax(-1), saved.logits.argmax(-1))
     assert compiled.family == config.peft_type.value.lower()
+
+
+GENERATED = [
+    "ia3 biases",
+    "ln offset",
+    "vera",
+    "prefix windows",
+    "prefix",
+    "prompt scaled",
+    "prompt",
+]
+
+
+@pytest.mark.parametrize("case", GENERATED)
+def test_greedy_tokens_equal_those_of_peft(case, bases, tune):
+    """PEFT's own generate, with its cache and its positions."""
+    name, config = CASES[case]
+    prompt = IDS[0].tolist()
+
+    def generate(model):
+        out = model.generate(
+            input_ids=IDS[:1],
+            attention_mask=torch.ones_like(IDS[:1]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=97,
+        )
+        return out[0, -12:].tolist()
+
+    saved = tune(name, config, forward=generate)
+    compiled = saved.compile(bases[name].spec, base_weights=bases[name].weights)
+    worn = PartsReference(bases[name].model, bases[name].spec, compiled)
+    assert worn.greedy(prompt, 12) == saved.logits
 
 
 def random_adalora(base, *, prune):
