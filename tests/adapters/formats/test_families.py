@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from manyhats.adapters.files import AdapterLimits
 from manyhats.engine.model.parts_reference import PartsReference
 from manyhats.errors import AdapterRejectedError
 
@@ -351,3 +352,37 @@ def test_bias_differences_are_added_to_the_outputs(bases, tmp_path):
     assert compiled.family == "bitfit"
     assert len(compiled.sites) == len(tensors)
     torch.testing.assert_close(base.served(compiled), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["lokr", "c3a", "miss bat"])
+def test_what_peft_converts_to_lora_is_served_as_lora(case, bases, tmp_path):
+    """PEFT's own conversion: the oracle is PEFT with the converted adapter."""
+    name, config = CASES[case]
+    base = bases[name]
+    model = peft.get_peft_model(copy.deepcopy(base.model), config)
+    disturb(model, 0.2)
+    peft.save_as_lora(tmp_path, model, rank=6)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).eval()
+    wanted = logits(loaded)
+    compiled = Saved(tmp_path, wanted).compile(base.spec)
+    assert (compiled.family, compiled.max_rank) == ("lora", 6)
+    torch.testing.assert_close(base.served(compiled), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_our_conversion_is_peft_s(bases, tune):
+    """The same leading triplets, so the same error, and the error that is reported."""
+    base = bases["llama"]
+    saved = tune("llama", CASES["c3a"][1])
+    limits = AdapterLimits(max_rank=6, max_conversion_error=1.0)
+    compiled = saved.compile(base.spec, limits=limits)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), saved.folder)
+    errors = []
+    for site in compiled.sites:
+        delta = loaded.get_submodule(f"base_model.model.{site}").get_delta_weight("default")
+        part = compiled.sites[site].low_rank
+        values = torch.linalg.svdvals(delta)
+        errors.append(float(values[6:].norm() / values.norm()))
+        left = torch.linalg.norm(delta - part.b.t() @ part.a) / torch.linalg.norm(delta)
+        assert float(left) == pytest.approx(errors[-1], rel=1e-3)
+    assert float(compiled.metadata["conversion_error"]) == pytest.approx(max(errors), rel=1e-2)
+    assert compiled.metadata["converted_sites"] == str(len(errors))

@@ -204,6 +204,7 @@ def test_a_change_over_the_ranks_is_converted_replaced_or_refused_with_its_error
     assert loose.metadata["converted_sites"] == "4"
     replaced = good.attempt(limits=dataclasses.replace(tight, max_dense_bytes=2**20))
     assert "conversion_error" not in replaced.metadata
+    assert replaced.metadata["replaced_sites"] == "4"
     assert all(parts.dense is not None for parts in replaced.sites.values())
 
 

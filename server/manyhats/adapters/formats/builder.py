@@ -113,11 +113,14 @@ class Builder:
         return {name: self._parts[name] for name in self._job.base.sites if name in self._parts}
 
     def metadata(self) -> dict[str, str]:
-        """Ranks, and the largest error of a conversion."""
+        """Ranks, the largest error of a conversion, how many weights are replaced."""
         ranks = sorted({p.low_rank.rank for p in self._parts.values() if p.low_rank is not None})
         found = {}
         if ranks:
             found["rank"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        replaced = sum(parts.dense is not None for parts in self._parts.values())
+        if replaced:
+            found["replaced_sites"] = str(replaced)
         if self._errors:
             found["conversion_error"] = f"{max(self._errors):.2e}"
             found["converted_sites"] = str(len(self._errors))
