@@ -86,7 +86,8 @@ def _rotation(upper: torch.Tensor, size: int, terms: int) -> torch.Tensor:
     q = q - q.transpose(1, 2)
     eye = torch.eye(size).expand_as(q)
     if terms == 0:
-        return torch.linalg.solve(eye + q, eye - q, left=False)
+        exact: torch.Tensor = torch.linalg.solve(eye + q, eye - q, left=False)
+        return exact
     if terms >= 3:
         terms = max(terms, 4)  # PEFT adds the last one at three terms as at four
     rotation, power = eye.clone(), eye
