@@ -5,15 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 
+if TYPE_CHECKING:
+    from manyhats_kernels.groups import SiteGroup
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity")
+"""What ``bottleneck_add`` knows; ``gelu`` is by the error function, ``leaky_relu``'s slope 0.01."""
+
+GATED = 256
+"""Added to a slot's kind where its bottleneck is gated."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -76,10 +86,69 @@ class Backend(Protocol):
         ValueError on shapes, dtypes or row runs that do not fit.
         """
 
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """:meth:`lora_add` for each site of the group, ``ys[i]`` being site ``i``'s output.
+
+        Raises ValueError as :meth:`lora_add` does.
+        """
+
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """``y[t] += bias[batch.slots[t]]`` in place; tokens of the base keep their bits.
 
         ``y`` is ``[T, out]``, ``bias`` ``[num_slots, out]``, of one dtype.
+        """
+
+    def scale_rows(self, y: Tensor, scale: Tensor, batch: AdapterBatch) -> None:
+        """``y[t] *= scale[batch.slots[t]]`` in place; tokens of the base keep their bits, and so do
+        those of a slot whose scale is 1.
+
+        ``y`` is ``[T, n]``, ``scale`` ``[num_slots, n]``, of one dtype.
+        """
+
+    def norm_rows(
+        self,
+        y: Tensor,
+        x: Tensor,
+        gain: Tensor,
+        has: Tensor,
+        shift: Tensor | None,
+        batch: AdapterBatch,
+        *,
+        eps: float,
+        centered: bool,
+    ) -> None:
+        """``y[t] = gain[s] * (x[t] - m) / sqrt(mean((x[t] - m)^2) + eps) + shift``, in place.
+
+        For tokens whose slot ``s`` has ``has[s]`` not 0; all others keep their bits. ``m`` is the
+        mean of ``x[t]`` where ``centered`` (LayerNorm), else 0 (RMSNorm). ``x`` and ``y`` are
+        ``[T, n]``, ``gain`` ``[num_slots, n]``, ``shift`` ``[n]``, of one dtype; ``has`` is int32
+        ``[num_slots]``. Computed in fp32, rounded once.
+        """
+
+    def bottleneck_add(
+        self,
+        y: Tensor,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        down_bias: Tensor,
+        kinds: Tensor,
+        rows: SiteRows,
+        batch: AdapterBatch,
+    ) -> None:
+        """``y[t] += v B_s``, in place, ``v`` being what the slot's function makes of the token.
+
+        ``A_s``, ``B_s`` and ``c_s`` are the rows of ``down``, ``up`` and ``down_bias`` that
+        ``rows`` gives to ``s = batch.slots[t]``; ``z = A_s x[t] + c_s``; all rows but the last are
+        the bottleneck's, ``v[r] = g act(z[r])``, and for the last ``v[-1] = g``. ``kinds[s]`` is
+        ``ACTIVATIONS.index`` of act, plus :data:`GATED` where ``g = sigmoid(z[-1])``; otherwise
+        ``g = 1``. So the last row of ``up`` is the bottleneck's own bias, and that of ``down`` its
+        gate. Tokens of the base and of slots with no rows keep their bits.
+
+        ``down_bias`` is fp32 ``[R]``, ``kinds`` int32 ``[num_slots]``; the rest is as in
+        ``lora_add``, sums, bounds and errors too.
         """
 
     def kv_cache_shape(
@@ -119,20 +188,6 @@ class Backend(Protocol):
         """
 
 
-@runtime_checkable
-class Unpacker(Protocol):
-    """A backend that can also turn 4-bit weights back into bf16, quickly."""
-
-    def unpack4(self, out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor) -> None:
-        """``out[n, k] = bf16(code[nibble(n, k)] * absmax[k // block, n])``.
-
-        ``packed`` is uint8 ``[N, K / 2]`` in the layout of bitsandbytes'
-        ``_convert_weight_packed_for_cpu`` (groups of 32 outputs), ``absmax`` bf16
-        ``[K / block, N]``, ``code`` fp32 ``[16]`` (NF4's or FP4's), ``out`` bf16 ``[N, K]``; all
-        contiguous, on the CPU. Raises ValueError on shapes or dtypes that do not fit.
-        """
-
-
 def check_lora(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
 ) -> None:
@@ -163,16 +218,45 @@ def check_run(slot: int, start: int, count: int, pool_rows: int) -> None:
         )
 
 
-def check_bias(y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
-    """Raise ValueError unless the arguments fit :meth:`Backend.bias_add`."""
+def check_bias(y: Tensor, bias: Tensor, batch: AdapterBatch, name: str = "bias") -> None:
+    """Raise ValueError unless the arguments fit :meth:`Backend.bias_add` (or ``scale_rows``)."""
     if y.dtype != bias.dtype or y.dtype not in DTYPES:
-        raise ValueError(f"y and bias must share a dtype of {DTYPES}, got {y.dtype}, {bias.dtype}")
+        raise ValueError(
+            f"y and {name} must share a dtype of {DTYPES}, got {y.dtype}, {bias.dtype}"
+        )
     if y.ndim != 2 or bias.ndim != 2 or y.shape[1] != bias.shape[1]:
-        raise ValueError(f"y {tuple(y.shape)} and bias {tuple(bias.shape)} do not fit")
+        raise ValueError(f"y {tuple(y.shape)} and {name} {tuple(bias.shape)} do not fit")
     if y.shape[0] != batch.num_tokens or bias.shape[0] < batch.num_slots:
         raise ValueError(
             f"the plan has {batch.num_tokens} tokens and {batch.num_slots} slots, "
-            f"y {y.shape[0]} rows and bias {bias.shape[0]}"
+            f"y {y.shape[0]} rows and {name} {bias.shape[0]}"
+        )
+
+
+def check_norm(
+    y: Tensor, x: Tensor, gain: Tensor, has: Tensor, shift: Tensor | None, batch: AdapterBatch
+) -> None:
+    """Raise ValueError unless the arguments fit :meth:`Backend.norm_rows`."""
+    check_bias(y, gain, batch, "gain")
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be as y {tuple(y.shape)} {y.dtype}")
+    if has.dtype != torch.int32 or has.shape != gain.shape[:1]:
+        raise ValueError(f"has must be int32 {gain.shape[0]}, got {has.dtype} {tuple(has.shape)}")
+    if shift is not None and (shift.dtype != y.dtype or shift.shape != y.shape[1:]):
+        raise ValueError(f"shift {tuple(shift.shape)} and y {tuple(y.shape)} do not fit")
+
+
+def check_bottleneck(down: Tensor, down_bias: Tensor, kinds: Tensor, batch: AdapterBatch) -> None:
+    """Raise ValueError unless what ``lora_add`` does not have fits ``bottleneck_add``."""
+    if down_bias.dtype != torch.float32 or down_bias.shape != down.shape[:1]:
+        raise ValueError(
+            f"down_bias must be float32 {down.shape[0]}, got {down_bias.dtype} "
+            f"{tuple(down_bias.shape)}"
+        )
+    if kinds.dtype != torch.int32 or kinds.ndim != 1 or kinds.shape[0] < batch.num_slots:
+        raise ValueError(
+            f"kinds must be int32 for {batch.num_slots} slots, got {kinds.dtype} "
+            f"{tuple(kinds.shape)}"
         )
 
 
@@ -233,24 +317,3 @@ def check_attention(
         raise ValueError(f"sliding_window must be >= 1, got {sliding_window}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be > 0, got {soft_cap}")
-
-
-def check_unpack4(out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor) -> None:
-    """Raise ValueError unless the arguments fit :meth:`Unpacker.unpack4`."""
-    n, k = out.shape
-    blocks = absmax.shape[0]
-    fits = (
-        (out.dtype, packed.dtype, absmax.dtype, code.dtype)
-        == (torch.bfloat16, torch.uint8, torch.bfloat16, torch.float32)
-        and packed.numel() == n * k // 2
-        and absmax.shape == (blocks, n)
-        and code.shape == (16,)
-        and n % 32 == 0
-        and k % (2 * blocks) == 0
-    )
-    if not fits or not all(t.is_contiguous() for t in (out, packed, absmax, code)):
-        raise ValueError(
-            f"4-bit weights do not fit: out {tuple(out.shape)} {out.dtype}, packed "
-            f"{tuple(packed.shape)} {packed.dtype}, absmax {tuple(absmax.shape)} {absmax.dtype}, "
-            f"code {tuple(code.shape)} {code.dtype}; all contiguous, outputs in groups of 32"
-        )

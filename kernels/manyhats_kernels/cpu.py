@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,11 +12,15 @@ from manyhats_kernels.backend import (
     SiteRows,
     check_attention,
     check_bias,
+    check_bottleneck,
     check_lora,
+    check_norm,
     check_run,
     check_store,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
+from manyhats_kernels.groups import SiteGroup
+from manyhats_kernels.reference import gated
 
 MASKED_GEMM_MAX_SLOTS = 32
 """Above this many short segments the mask's quadratic work costs more than a loop over segments."""
@@ -87,6 +93,14 @@ class TorchBackend:
         d = shrunk.masked_fill_(foreign, 0.0) @ b_all
         y.index_copy_(0, tokens.long(), d.add_(y.index_select(0, tokens)).to(y.dtype))
 
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """See :meth:`Backend.lora_add_group`: one site after the other."""
+        group.check(ys, x, batch.num_tokens, batch.num_slots)
+        for y, site in zip(ys, group.sites, strict=True):
+            self.lora_add(y, x, site.a, site.b, site.rows, batch)
+
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`."""
         check_bias(y, bias, batch)
@@ -94,6 +108,73 @@ class TorchBackend:
             order = batch.order.long()
             d = bias.index_select(0, batch.slots.index_select(0, order)).float()
             y.index_copy_(0, order, d.add_(y.index_select(0, order)).to(y.dtype))
+
+    def scale_rows(self, y: Tensor, scale: Tensor, batch: AdapterBatch) -> None:
+        """See :meth:`Backend.scale_rows`."""
+        check_bias(y, scale, batch, "scale")
+        if batch.segments:
+            order = batch.order.long()
+            d = scale.index_select(0, batch.slots.index_select(0, order)).float()
+            y.index_copy_(0, order, d.mul_(y.index_select(0, order)).to(y.dtype))
+
+    def norm_rows(
+        self,
+        y: Tensor,
+        x: Tensor,
+        gain: Tensor,
+        has: Tensor,
+        shift: Tensor | None,
+        batch: AdapterBatch,
+        *,
+        eps: float,
+        centered: bool,
+    ) -> None:
+        """See :meth:`Backend.norm_rows`."""
+        check_norm(y, x, gain, has, shift, batch)
+        order = batch.order.long()
+        slots = batch.slots.index_select(0, order)
+        mine = has.index_select(0, slots) != 0
+        order, slots = order[mine], slots[mine]
+        d = x.index_select(0, order).float()
+        if centered:
+            d = d - d.mean(-1, keepdim=True)
+        d = d * torch.rsqrt(d.square().mean(-1, keepdim=True) + eps)
+        d = d * gain.index_select(0, slots).float()
+        y.index_copy_(0, order, (d if shift is None else d + shift.float()).to(y.dtype))
+
+    def bottleneck_add(
+        self,
+        y: Tensor,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        down_bias: Tensor,
+        kinds: Tensor,
+        rows: SiteRows,
+        batch: AdapterBatch,
+    ) -> None:
+        """See :meth:`Backend.bottleneck_add`: a pair of GEMMs a segment."""
+        check_lora(y, x, down, up, rows, batch)
+        check_bottleneck(down, down_bias, kinds, batch)
+        if not batch.segments:
+            return
+        slots = batch.segment_slots
+        runs = zip(
+            batch.segments,
+            rows.start[slots].tolist(),
+            rows.count[slots].tolist(),
+            kinds[slots].tolist(),
+            strict=True,
+        )
+        for (slot, begin, end), start, count, kind in runs:
+            check_run(slot, start, count, down.shape[0])
+            if not count:
+                continue
+            tokens = batch.order[begin:end]
+            z = x.index_select(0, tokens).float() @ down.narrow(0, start, count).float().T
+            v = gated(z + down_bias.narrow(0, start, count), kind)
+            d = v @ up.narrow(0, start, count).float()
+            y.index_copy_(0, tokens.long(), d.add_(y.index_select(0, tokens)).to(y.dtype))
 
     def kv_cache_shape(
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int

@@ -118,6 +118,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Rank rows per site on the device; default max(16 * slots, max_rank).",
     )
+    override_mb: int = Field(
+        default=256,
+        ge=1,
+        description="Whole tensors of adapters on the device, MiB: replaced rows and weights, "
+        "prefixes, soft prompts.",
+    )
     host_cache_mb: int = Field(default=1024, ge=1, description="Host tier for adapters, MiB.")
     max_adapter_mb: int = Field(default=512, ge=1, description="Largest adapter accepted, MiB.")
     max_virtual_tokens: int = Field(

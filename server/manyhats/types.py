@@ -22,11 +22,15 @@ BASE_SLOT: Final = -1
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """An immutable adapter version, as a request is resolved to it."""
+    """An immutable adapter version, as a request is resolved to it.
+
+    ``virtual_tokens`` come before every prompt of its requests, inside the engine alone.
+    """
 
     name: str
     version: int
     digest: Digest
+    virtual_tokens: int = 0
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
@@ -147,7 +151,8 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a copy of the prompt; the
+    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a placeholder for each of
+    the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
     loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
     admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
     cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
@@ -179,6 +184,16 @@ class Sequence:
     def output_len(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Placeholders before the prompt's own tokens."""
+        return self.adapter.virtual_tokens if self.adapter is not None else 0
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Tokens of the prompt itself that the prefix cache served at the last admission."""
+        return max(0, self.num_cached - self.virtual_tokens)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -8,11 +8,12 @@ import peft
 import pytest
 import torch
 from support.models import tiny_model
+from support.sites import describe_plain
 
 from manyhats.adapters.derived import DerivedFile
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
-from manyhats.engine.model.spec import describe, site_modules
+from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.types import Digest
 
@@ -34,7 +35,7 @@ class Counting:
 @pytest.fixture(scope="module")
 def base():
     model = tiny_model("llama")
-    return model, describe(model, "a" * 64)
+    return model, describe_plain(model, "a" * 64)
 
 
 @pytest.fixture(params=["dora", "hadamard"])

@@ -1,13 +1,14 @@
 """/v1/completions, not streamed: shapes, echo, logprobs, batches, seeds, parameters."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from support.api import Api, assert_error, settings_of
 from support.fake_engine import BOS, CONTEXT, EOS, ByteTokenizer, FakeEngine, logprob_of
 
 from manyhats.api.schemas import CompletionRequest
-from manyhats.types import DEFAULT_TENANT
+from manyhats.types import DEFAULT_TENANT, AdapterRef, Digest
 
 
 def test_the_whole_shape():
@@ -246,6 +247,26 @@ def test_an_omitted_max_tokens_takes_the_room_that_is_left(length):
     api = Api()
     assert api.complete(prompt="a" * length).status_code == 200
     assert api.engine.requests[0].params[0].max_tokens == min(16, CONTEXT - length)
+
+
+def test_an_adapters_virtual_tokens_leave_less_context_and_are_in_no_count():
+    api = Api()
+    card = api.directory.cards[0]
+    api.directory.cards.append(replace(card, ref=AdapterRef("soft", 1, Digest("aa" * 32), 30)))
+    body = api.complete(model="soft", prompt="a" * 100, max_tokens=70).json()
+    assert body["usage"]["prompt_tokens"] == 100
+    assert api.engine.requests[-1].adapter.virtual_tokens == 30
+    assert len(api.engine.requests[-1].prompt_token_ids) == 100
+    # fmt: off
+    assert_error(
+        api.complete(model="soft", prompt="a" * 100, max_tokens=71),
+        400, "context_length_exceeded", "max_tokens", "71", "context of 170",
+    )
+    assert_error(
+        api.complete(model="soft", prompt="a" * 170),
+        400, "context_length_exceeded", "prompt", "bound of the prompt is 169",
+    )
+    # fmt: on
 
 
 def test_max_tokens_may_fill_the_context_exactly_and_no_more():

@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from support.models import tiny_model
+from support.sites import describe_plain
 
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.engine.model.parts_reference import PartsReference
-from manyhats.engine.model.spec import describe, site_modules
+from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.types import Digest
 
@@ -90,7 +91,7 @@ def test_eight_bits_are_scaled_by_row():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_plain_weights_are_logical_copies(name):
     model = tiny_model(name)
-    spec = describe(model, "0" * 64)
+    spec = describe_plain(model)
     weights = LoadedWeights(site_modules(model, spec))
     for site in spec.sites.values():
         if site.kind.value in ("linear", "head"):
@@ -103,18 +104,18 @@ def test_plain_weights_are_logical_copies(name):
 
 
 def test_norm_offsets_embedding_scales_and_ties_are_seen():
-    gemma = describe(tiny_model("gemma3"), "0").sites
-    assert gemma["model.norm"].offset == 1.0
-    assert gemma["model.layers.0.self_attn.q_norm"].offset == 1.0
+    gemma = describe_plain(tiny_model("gemma3")).sites
+    assert gemma["model.norm"].norm.offset == 1.0
+    assert gemma["model.layers.0.self_attn.q_norm"].norm.offset == 1.0
     assert gemma["model.embed_tokens"].scale == pytest.approx(48**0.5)
-    assert describe(tiny_model("gpt2"), "0").sites["lm_head"].tied_to == "transformer.wte"
+    assert describe_plain(tiny_model("gpt2")).sites["lm_head"].tied_to == "transformer.wte"
     for name, norm in (("llama", "model.norm"), ("gpt2", "transformer.ln_f")):
-        assert describe(tiny_model(name), "0").sites[norm].offset == 0.0
-    llama = describe(tiny_model("llama"), "0").sites
+        assert describe_plain(tiny_model(name)).sites[norm].norm.offset == 0.0
+    llama = describe_plain(tiny_model("llama")).sites
     assert (llama["model.embed_tokens"].scale, llama["lm_head"].tied_to) == (1.0, None)
     attention = llama["model.layers.1.self_attn"]
     assert (attention.in_features, attention.out_features) == (2, 8)
-    assert describe(tiny_model("gpt2"), "0").sites["transformer.h.0.attn"].in_features == 6
+    assert describe_plain(tiny_model("gpt2")).sites["transformer.h.0.attn"].in_features == 6
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -140,7 +141,7 @@ def test_dora_over_nf4_is_peft_s_over_the_same_dequantized_weights(packed, tmp_p
                 four.eval()(torch.zeros(1, module.in_features, dtype=torch.bfloat16))
                 quantized[name] = four
                 module.weight.copy_(read(four))
-    spec = describe(plain, "0" * 64)
+    spec = describe_plain(plain)
     model = peft.get_peft_model(
         copy.deepcopy(plain),
         peft.LoraConfig(use_dora=True, r=4, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -203,13 +203,40 @@ def test_a_file_that_is_no_registry_is_refused(path, content):
     assert path.read_bytes() == content
 
 
+def test_virtual_tokens_are_kept(path):
+    registry = Registry(path, max_versions=5)
+    ref = registry.add(
+        "p", digest(1), tenant=DEFAULT_TENANT, family="prefix", max_rank=0, nbytes=9, source="s",
+        virtual_tokens=20,
+    )  # fmt: skip
+    assert ref == AdapterRef("p", 1, digest(1), 20)
+    registry.close()
+    again = Registry(path, max_versions=5)
+    assert [r.ref for r in again.list(DEFAULT_TENANT)] == [ref]
+    again.close()
+
+
+def test_a_registry_of_the_first_format_is_brought_up(path):
+    registry = Registry(path, max_versions=5)
+    add(registry, "a", 1)
+    registry.close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE adapters DROP COLUMN virtual_tokens")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    again = Registry(path, max_versions=5)
+    assert [r.ref for r in again.list(DEFAULT_TENANT)] == [AdapterRef("a", 1, digest(1), 0)]
+    assert add(again, "a", 2) == AdapterRef("a", 2, digest(2))
+    again.close()
+
+
 def test_a_newer_format_is_refused(path):
     Registry(path, max_versions=5).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     for _ in range(2):
-        with pytest.raises(ConfigError, match="has format 99, this server knows 1"):
+        with pytest.raises(ConfigError, match="has format 99, this server knows 2"):
             Registry(path, max_versions=5)
 
 

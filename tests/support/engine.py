@@ -96,7 +96,8 @@ class LocalEngine:
         self.engine.loop.stop()
 
     def ref(self, name: str) -> AdapterRef:
-        return AdapterRef(name, 1, self.adapters[name].digest)
+        adapter = self.adapters[name]
+        return AdapterRef(name, 1, adapter.digest, adapter.virtual_tokens)
 
     def submit(
         self,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from manyhats_kernels import reference_4bit
 from manyhats_kernels.backend import (
     SiteRows,
     check_attention,
@@ -17,21 +20,25 @@ from manyhats_kernels.backend import (
     check_lora,
     check_run,
     check_store,
-    check_unpack4,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.cpu import attend_sequence
+from manyhats_kernels.fourbit import FourBitWeight, check_matmul_4bit
+from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
 from manyhats_kernels.native.build import build, load
+from manyhats_kernels.native.parts import DTYPE_CODES, NativeParts, check_memory
 
-DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_HEAD_DIM = 256
 
 PREFILL_QUERIES = 32
 """New tokens above which a sequence is gathered and attended to by PyTorch's blocked attention."""
 
+DOTS_ROWS = 64
+"""Rows up to which the product with 4-bit weights by dot products beats unpacking and oneDNN."""
+
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
-    "mh_lora_add": (_L, [_I, _I, _P, _L, _P, _L, _P, _L, _P, _L, _L, _L, _L, *[_P] * 5, _L]),
+    "mh_lora_add": (_L, [_I, _I, _P, _L, _P, _L, _L, _P, _P, _P, _L]),
     "mh_bias_add": (None, [_I, _I, _P, _L, _P, _L, _L, _P, _P, _L]),
     "mh_store_kv": (None, [_L, _I, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L, _L, _L, _L]),
     "mh_attention": (
@@ -39,10 +46,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [_I, _I, _P, _P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _P, _P, _L, _L, _L, _F, _L, _F],
     ),
     "mh_unpack4": (None, [_I, _P, _P, _P, _P, _L, _L, _L]),
+    "mh_matmul": (_L, [_I, _I, _P, _L, _P, _L, _L, _L]),
+    "mh_amx": (_I, []),
 }
 
 
-class NativeBackend:
+class NativeBackend(NativeParts):
     """C kernels on the CPU; see :class:`manyhats_kernels.backend.Backend`.
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
@@ -63,6 +72,9 @@ class NativeBackend:
         self._store_kv = library.mh_store_kv
         self._attention = library.mh_attention
         self._unpack4 = library.mh_unpack4
+        self._matmul = library.mh_matmul
+        self._amx = library.mh_amx()
+        super().__init__(library)
 
     @classmethod
     def load(cls, cache_dir: Path) -> NativeBackend:
@@ -75,7 +87,14 @@ class NativeBackend:
     def lora_add(
         self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
     ) -> None:
-        """See :meth:`Backend.lora_add`: one call, one parallel region.
+        """See :meth:`Backend.lora_add`: a group of one."""
+        check_lora(y, x, a, b, rows, batch)
+        self.lora_add_group([y], x, SiteGroup([SiteWeights(a, b, rows)]), batch)
+
+    def lora_add_group(
+        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
+    ) -> None:
+        """See :meth:`Backend.lora_add_group`: one call, one parallel region.
 
         Segments of every length take the same way: for a rank of 16 a pair of bf16 GEMMs is no
         quicker at 512 tokens and would round the product in between. (At rank 64 it is, by two to
@@ -84,47 +103,31 @@ class NativeBackend:
         segments = batch.segments
         if not segments:
             return
-        dtype, tokens = x.dtype, batch.num_tokens
-        x_shape, y_shape, a_shape, b_shape = x.shape, y.shape, a.shape, b.shape
-        x_step, y_step, a_step, b_step = x.stride(), y.stride(), a.stride(), b.stride()
-        start, count, order, slots, offsets = *rows.pointers, *batch.pointers
-        # the usual case, checked cheaply: this runs for every projection of every layer
-        if not (
-            dtype in DTYPE_CODES
-            and dtype is y.dtype is a.dtype is b.dtype
-            and len(a_shape) == 2 == len(b_shape)
-            and a_shape[0] == b_shape[0]
-            and x_shape == (tokens, a_shape[1])
-            and y_shape == (tokens, b_shape[1])
-            and x_step[1] == y_step[1] == a_step[1] == b_step[1] == 1
-            and rows.num_slots >= batch.num_slots
-        ):
-            check_lora(y, x, a, b, rows, batch)
+        group.check(ys, x, batch.num_tokens, batch.num_slots)
+        fields, step = group.descriptor, group.FIELDS
+        for i, y in enumerate(ys):
+            fields[i * step] = y.data_ptr()
+            fields[i * step + 1] = y.stride(0)
+        order, slots, offsets = batch.pointers
         failed = self._lora_add(
-            DTYPE_CODES[dtype],
+            DTYPE_CODES[x.dtype],
             torch.get_num_threads(),
-            y.data_ptr(),
-            y_step[0],
+            fields,
+            len(ys),
             x.data_ptr(),
-            x_step[0],
-            a.data_ptr(),
-            a_step[0],
-            b.data_ptr(),
-            b_step[0],
-            x_shape[1],
-            y_shape[1],
-            a_shape[0],
-            start,
-            count,
+            x.stride(0),
+            group.in_features,
             order,
             slots,
             offsets,
             len(segments),
         )
         if failed:
-            _check_memory(failed)
-            slot = batch.worn[failed - 1]
-            check_run(slot, int(rows.start[slot]), int(rows.count[slot]), a.shape[0])
+            check_memory(failed)
+            site, segment = divmod(failed - 1, len(segments))
+            slot, weights = batch.worn[segment], group.sites[site]
+            rows = weights.rows
+            check_run(slot, int(rows.start[slot]), int(rows.count[slot]), weights.a.shape[0])
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`."""
@@ -220,7 +223,7 @@ class NativeBackend:
             sliding_window or 0,
             soft_cap or 0.0,
         )
-        _check_memory(failed)
+        check_memory(failed)
         if batch.max_query_len > in_place:
             for sequence, queries in enumerate(batch.host_query_lens):
                 if queries > in_place:
@@ -229,21 +232,83 @@ class NativeBackend:
                     )
         return out
 
-    def unpack4(self, out: Tensor, packed: Tensor, absmax: Tensor, code: Tensor) -> None:
-        """See :meth:`manyhats_kernels.backend.Unpacker.unpack4`."""
-        check_unpack4(out, packed, absmax, code)
+    def dequantize_4bit(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
+        """See :meth:`FourBit.dequantize_4bit`; bf16 is unpacked in C, the rest by PyTorch."""
+        if dtype != torch.bfloat16 or not _in_runs(weight):
+            return reference_4bit.dequantize_4bit(weight, dtype)
+        out = torch.empty(weight.shape, dtype=dtype)
         self._unpack4(
             torch.get_num_threads(),
             out.data_ptr(),
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            code.data_ptr(),
-            out.size(0),
-            out.size(1),
-            out.size(1) // absmax.size(0),
+            weight.packed.data_ptr(),
+            weight.absmax.data_ptr(),
+            weight.code.data_ptr(),
+            *weight.shape,
+            weight.blocksize,
         )
+        return out
+
+    def matmul_4bit(self, x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
+        """See :meth:`FourBit.matmul_4bit`.
+
+        What :meth:`takes` takes is read at 4 bits, on AMX tiles where the machine has them.
+        Whatever else is dequantized and multiplied by PyTorch; so are more than :data:`DOTS_ROWS`
+        rows on a machine without AMX.
+        """
+        check_matmul_4bit(x, weight, bias)
+        here = x.dtype == torch.bfloat16 and self.takes(weight)
+        if not here or not (self._amx or x.shape[0] <= DOTS_ROWS):
+            return functional.linear(x, self.dequantize_4bit(weight, x.dtype), bias)
+        return self.matmul_group(x, MatrixGroup([weight], [bias]))[0]
+
+    def takes(self, weight: FourBitWeight | DenseWeight) -> bool:
+        """4 bits with plain scales, none shared by two rows or half a run; bf16 on AMX alone."""
+        if isinstance(weight, DenseWeight):
+            return bool(self._amx) and weight.shape[1] % 64 == 0 and weight.weight.is_cpu
+        return _in_runs(weight)
+
+    def matmul_group(self, x: Tensor, group: MatrixGroup) -> list[Tensor]:
+        """See :meth:`GroupedMatmul.matmul_group`: one call, one parallel region."""
+        tokens, k = x.shape
+        if x.dtype != torch.bfloat16 or k != group.in_features or (k > 1 and x.stride(1) != 1):
+            raise ValueError(
+                f"x must be [T, {group.in_features}] of bf16 with contiguous rows, got "
+                f"{tuple(x.shape)} {x.dtype}"
+            )
+        width = group.ends[-1]
+        y = torch.empty((tokens, width), dtype=x.dtype)
+        if not self._amx and tokens > DOTS_ROWS:
+            return [
+                functional.linear(x, self.dequantize_4bit(w, x.dtype), bias)
+                for w, bias in zip(group.weights, group.biases, strict=True)
+                if isinstance(w, FourBitWeight)
+            ]
+        fields, step, address = group.descriptor, group.FIELDS, y.data_ptr()
+        for i, (end, out) in enumerate(zip(group.ends, group.outs, strict=True)):
+            fields[i * step] = address + (end - out) * 2
+            fields[i * step + 1] = width
+        if tokens:
+            failed = self._matmul(
+                torch.get_num_threads(),
+                self._amx,
+                fields,
+                len(group.outs),
+                x.data_ptr(),
+                x.stride(0),
+                tokens,
+                k,
+            )
+            check_memory(failed)
+        if len(group.outs) == 1:
+            return [y]
+        return [y[:, end - out : end] for end, out in zip(group.ends, group.outs, strict=True)]
 
 
-def _check_memory(failed: int) -> None:
-    if failed == -1:
-        raise MemoryError("the native kernels could not allocate their scratch memory")
+def _in_runs(weight: FourBitWeight) -> bool:
+    """Whether the C code takes the weight: plain scales, none shared by two rows or half a run."""
+    return (
+        weight.nested is None
+        and weight.blocksize % 64 == 0
+        and weight.shape[1] % weight.blocksize == 0
+        and weight.packed.device.type == "cpu"
+    )

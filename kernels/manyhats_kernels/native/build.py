@@ -16,7 +16,7 @@ from pathlib import Path
 
 from manyhats_kernels.backend import BackendUnavailableError
 
-SOURCES = ("kernels.c", "typed.h", "lora.h", "attention.h", "vec.h")
+ENTRY = "kernels.c"
 FLAGS = (
     *("-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden"),
     # errno and traps only: NaN and infinity keep their meaning
@@ -39,7 +39,7 @@ def build(compiler: str | None, cache_dir: Path) -> Path:
     source = Path(__file__).parent
     flags = (*FLAGS, *_machine_flags())
     digest = hashlib.sha256()
-    parts = [(source / name).read_bytes() for name in SOURCES]
+    parts = [path.read_bytes() for path in sorted(source.glob("*.[ch]"))]
     parts += [" ".join(flags).encode(), _version(compiler).encode(), _features().encode()]
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -50,7 +50,7 @@ def build(compiler: str | None, cache_dir: Path) -> Path:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix="build-") as folder:
             made = Path(folder) / "kernels.so"
-            _run([compiler, *flags, str(source / SOURCES[0]), "-o", str(made)])
+            _run([compiler, *flags, str(source / ENTRY), "-o", str(made), "-lm"])
             os.replace(made, target)  # noqa: PTH105  Path.replace is the same call
     except OSError as error:
         raise BackendUnavailableError(f"cannot keep native code in {cache_dir}: {error}") from error

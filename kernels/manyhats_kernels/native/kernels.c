@@ -3,6 +3,7 @@
  * dtype: 0 bf16, 1 fp16, 2 fp32. Strides are in elements. Entry points return 0, MH_NO_MEMORY, or a positive
  * number that says which segment owns rows outside the pool (its index + 1); then nothing was written.
  */
+#include <omp.h>
 #include <stdlib.h>
 
 #include "vec.h"
@@ -19,7 +20,16 @@
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+typedef struct { /* one site of a group: int64 fields in this order come from the launcher */
+    void *y;
+    int64_t y_stride;
+    const void *a, *b;
+    int64_t a_stride, b_stride, out, pool_rows;
+    const int32_t *start, *count; /* by slot */
+} lora_site;
+
 typedef struct {
+    const lora_site *site;
     int64_t begin, tokens;  /* place in order */
     int64_t start, count;   /* rank rows */
     int64_t scratch;        /* where its shrunk rows [tokens, count] begin */
@@ -27,9 +37,8 @@ typedef struct {
 } lora_segment;
 
 typedef struct {
-    void *y;
-    const void *x, *a, *b;
-    int64_t y_stride, x_stride, a_stride, b_stride, in, out;
+    const void *x;
+    int64_t x_stride, in;
     const int32_t *order;
     const lora_segment *segments;
     float *scratch;
@@ -69,11 +78,13 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
     return &g->segments[low];
 }
 
+#include "parts_plan.h"
+
 #define T bf16
 #define NAME(f) f##_bf16
 #define LOAD load_bf16
 #define STORE store_bf16
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#ifdef MH_AVX512_BF16
 #define NATIVE_DOT
 #endif
 #include "typed.h"
@@ -90,37 +101,38 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
 #define STORE store_fp32
 #include "typed.h"
 
-EXPORT int64_t mh_lora_add(int dtype, int threads, void *y, int64_t y_stride, const void *x, int64_t x_stride,
-                           const void *a, int64_t a_stride, const void *b, int64_t b_stride, int64_t in,
-                           int64_t out, int64_t pool_rows, const int32_t *start, const int32_t *count,
-                           const int32_t *order, const int32_t *slots, const int32_t *offsets,
-                           int64_t segment_count) {
+EXPORT int64_t mh_lora_add(int dtype, int threads, const lora_site *sites, int64_t site_count, const void *x,
+                           int64_t x_stride, int64_t in, const int32_t *order, const int32_t *slots,
+                           const int32_t *offsets, int64_t segment_count) {
     lora_segment few[64], *segments = few;
     float little[4096], *scratch = little;
-    int64_t n = 0, shrunk = 0, shrink_items = 0, expand_items = 0, failed = 0;
-    if (segment_count > 64 && !(segments = malloc(segment_count * sizeof *segments))) return MH_NO_MEMORY;
-    for (int64_t i = 0; i < segment_count; i++) {
-        int64_t first = start[slots[i]], rows = count[slots[i]], tokens = offsets[i + 1] - offsets[i];
+    int64_t n = 0, shrunk = 0, work = 0, shrink_items = 0, expand_items = 0, failed = 0;
+    if (site_count * segment_count > 64 && !(segments = malloc(site_count * segment_count * sizeof *segments)))
+        return MH_NO_MEMORY;
+    for (int64_t i = 0; i < site_count * segment_count; i++) {
+        const lora_site *site = &sites[i / segment_count];
+        int64_t at = i % segment_count, tokens = offsets[at + 1] - offsets[at];
+        int64_t first = site->start[slots[at]], rows = site->count[slots[at]];
         if (rows == 0) continue;
-        if (rows < 0 || first < 0 || first + rows > pool_rows) {
+        if (rows < 0 || first < 0 || first + rows > site->pool_rows) {
             failed = i + 1;
             goto done;
         }
-        segments[n++] = (lora_segment){offsets[i], tokens, first, rows, shrunk, shrink_items, expand_items};
+        segments[n++] = (lora_segment){site, offsets[at], tokens, first, rows, shrunk, shrink_items, expand_items};
         shrunk += tokens * rows;
+        work += tokens * rows * (in + site->out);
         shrink_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(rows, 4);
-        expand_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(out, LORA_COLUMNS);
+        expand_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(site->out, LORA_COLUMNS);
     }
     if (n == 0) goto done;
-    if (shrunk * (in + out) < LORA_SERIAL) threads = 1;
+    if (work < LORA_SERIAL) threads = 1;
     if (shrunk > 4096 && !(scratch = malloc(shrunk * sizeof *scratch))) {
         scratch = little;
         failed = MH_NO_MEMORY;
         goto done;
     }
-    lora_args g = {y, x, a, b, y_stride, x_stride, a_stride, b_stride, in, out, order, segments, scratch, n,
-                   shrink_items, expand_items, 1 + shrink_items / (threads * 16),
-                   1 + expand_items / (threads * 16), threads};
+    lora_args g = {x, x_stride, in, order, segments, scratch, n, shrink_items, expand_items,
+                   1 + shrink_items / (threads * 16), 1 + expand_items / (threads * 16), threads};
     if (dtype == 0) lora_run_bf16(&g);
     else if (dtype == 1) lora_run_fp16(&g);
     else lora_run_fp32(&g);
@@ -210,4 +222,5 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
     return failed;
 }
 
-#include "packed4.h"
+#include "parts_entry.h"
+#include "quant4.h"

@@ -46,17 +46,18 @@ static void NAME(shrink)(const lora_args *g, const lora_segment *seg, int64_t t0
                          int64_t r1) {
     const T *x[TILE_TOKENS], *a[TILE_ROWS];
     int nr = (int)(r1 - r0);
-    for (int r = 0; r < nr; r++) a[r] = (const T *)g->a + (seg->start + r0 + r) * g->a_stride;
+    const lora_site *site = seg->site;
+    for (int r = 0; r < nr; r++) a[r] = (const T *)site->a + (seg->start + r0 + r) * site->a_stride;
     for (int64_t t = t0; t < t1; t += TILE_TOKENS) {
         int nt = (int)(t1 - t < TILE_TOKENS ? t1 - t : TILE_TOKENS);
         float *s = g->scratch + seg->scratch + t * seg->count + r0;
         for (int i = 0; i < nt; i++) x[i] = (const T *)g->x + g->order[seg->begin + t + i] * g->x_stride;
         if (nr == TILE_ROWS) {
-            if (nt == 1) NAME(shrink_tile)(x, a, TILE_ROWS * g->a_stride, g->in, s, seg->count, 1, TILE_ROWS);
-            else if (nt == TILE_TOKENS) NAME(shrink_tile)(x, a, TILE_ROWS * g->a_stride, g->in, s, seg->count, TILE_TOKENS, TILE_ROWS);
-            else NAME(shrink_tile)(x, a, TILE_ROWS * g->a_stride, g->in, s, seg->count, nt, TILE_ROWS);
+            if (nt == 1) NAME(shrink_tile)(x, a, TILE_ROWS * site->a_stride, g->in, s, seg->count, 1, TILE_ROWS);
+            else if (nt == TILE_TOKENS) NAME(shrink_tile)(x, a, TILE_ROWS * site->a_stride, g->in, s, seg->count, TILE_TOKENS, TILE_ROWS);
+            else NAME(shrink_tile)(x, a, TILE_ROWS * site->a_stride, g->in, s, seg->count, nt, TILE_ROWS);
         } else
-            NAME(shrink_tile)(x, a, TILE_ROWS * g->a_stride, g->in, s, seg->count, nt, nr);
+            NAME(shrink_tile)(x, a, TILE_ROWS * site->a_stride, g->in, s, seg->count, nt, nr);
     }
 }
 
@@ -86,16 +87,17 @@ INLINE void NAME(expand_tile)(T *const *y, const float *s, const T *b, int64_t b
 
 static void NAME(expand)(const lora_args *g, const lora_segment *seg, int64_t t0, int64_t t1, int64_t c0,
                          int64_t c1) {
-    const T *b = (const T *)g->b + seg->start * g->b_stride;
+    const lora_site *site = seg->site;
+    const T *b = (const T *)site->b + seg->start * site->b_stride;
     T *y[TILE_TOKENS];
     for (int64_t t = t0; t < t1;) {
         int nt = t1 - t >= TILE_TOKENS ? TILE_TOKENS : 1;
         int64_t c = c0;
         const float *s = g->scratch + seg->scratch + t * seg->count;
-        for (int i = 0; i < nt; i++) y[i] = (T *)g->y + g->order[seg->begin + t + i] * g->y_stride + c;
+        for (int i = 0; i < nt; i++) y[i] = (T *)site->y + g->order[seg->begin + t + i] * site->y_stride + c;
 #define EXPAND(NT, NV, LAST)                                                                              \
     do {                                                                                                  \
-        NAME(expand_tile)(y, s, b + c, g->b_stride, seg->count, (NT) == 1 ? LORA_COLUMNS : 0, NT, NV, LAST);                            \
+        NAME(expand_tile)(y, s, b + c, site->b_stride, seg->count, (NT) == 1 ? LORA_COLUMNS : 0, NT, NV, LAST);                            \
         c += (NV) * LANES;                                                                                \
         for (int i = 0; i < NT; i++) y[i] += (NV) * LANES;                                                \
     } while (0)
@@ -127,9 +129,10 @@ static void NAME(lora_run)(const lora_args *g) {
 #pragma omp for schedule(dynamic, g->expand_grain)
         for (int64_t item = 0; item < g->expand_items; item++) {
             const lora_segment *seg = find_segment(g, item, 1);
-            int64_t i = item - seg->expand_first, blocks = (g->out + LORA_COLUMNS - 1) / LORA_COLUMNS;
+            int64_t out = seg->site->out;
+            int64_t i = item - seg->expand_first, blocks = (out + LORA_COLUMNS - 1) / LORA_COLUMNS;
             int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * LORA_COLUMNS;
-            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + LORA_COLUMNS, g->out));
+            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + LORA_COLUMNS, out));
         }
     }
 }

@@ -35,6 +35,8 @@ INLINE vf NAME(dot)(vf acc, PACK a, PACK b) { return acc + a * b; }
 
 #include "attention.h"
 
+#include "parts.h"
+
 #undef PACK
 #undef STEP
 #undef NATIVE_DOT

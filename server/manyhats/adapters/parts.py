@@ -27,17 +27,27 @@ class SiteKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class NormKind:
+    """How a norm of the base works: y = (x - mean, where ``centered``) / sqrt(mean square + eps),
+    times weight + ``offset`` (1 in Gemma, 0 elsewhere), plus its bias.
+    """
+
+    eps: float
+    centered: bool
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
 class SiteSpec:
     """One module of the base model that an adapter may name.
 
     ``in_features`` and ``out_features`` are logical ([tokens, in] -> [tokens, out]) whatever way
-    the weight is stored; ``transposed`` is true for GPT-2's Conv1D. ``bias`` is the base's own bias
-    in fp32 on the CPU, [out], or None where it has none. Of an attention they are its kv heads and
-    their size.
-
-    ``offset`` is what a norm adds to its weight (Gemma: 1), ``scale`` what an embedding multiplies
-    its rows by (Gemma: the root of the width), ``tied_to`` the embedding whose weight a head
-    shares.
+    the weight is stored; ``transposed`` is true for GPT-2's Conv1D. For attention they are the
+    number of kv heads and the head's size, for a norm, an embedding's output and a residual site
+    the features of the stream. ``bias`` is the base's own bias in fp32 on the CPU, [out], or None
+    where it has none. ``norm`` is set for norms. ``scale`` is what an embedding multiplies its rows
+    by (Gemma: the square root of the features). ``tied_to`` is the embedding whose weight the head
+    shares, if it does.
     """
 
     name: str
@@ -46,7 +56,7 @@ class SiteSpec:
     out_features: int
     transposed: bool = False
     bias: torch.Tensor | None = None
-    offset: float = 0.0
+    norm: NormKind | None = None
     scale: float = 1.0
     tied_to: str | None = None
 
@@ -56,7 +66,10 @@ class BaseSpec:
     """The base model as the importers see it: its digest and the sites in the model's own order.
 
     ``num_layers`` is the number of transformer blocks. Site names are those of the transformers
-    model (``model.layers.0.self_attn.q_proj``).
+    model (``model.layers.0.self_attn.q_proj``); a residual site, which is no module, is called by
+    its layer and place (``model.layers.0.after_attention``, ``model.layers.0.after_mlp``). A place
+    where the engine cannot serve a part (the residual sites of an unknown kind of layer) is not
+    among the sites.
     """
 
     digest: str
@@ -96,9 +109,9 @@ class Bottleneck:
     """d = act(x A^T + c) B + e, where A is ``down``, [width, hidden], c ``down_bias``, [width], B
     ``up``, [width, hidden], the scale folded in, and e ``up_bias``, [hidden], likewise.
 
-    ``parallel``: x is the residual stream as it entered the block (before its norm), and the output
-    is h + d. Otherwise x is h, the stream after the block, and the output is h + d; without
-    ``skip`` it is d alone. ``gate``: [hidden] and ``gate_bias`` multiply d by
+    The block (attention or mlp) adds its output o to the stream r that entered it, h = r + o. x is
+    h, with ``parallel`` r, with ``of_output`` o (only one of the two). The stream after the block
+    is h + d; without ``skip`` it is d alone. ``gate``: [hidden] and ``gate_bias`` multiply d by
     sigmoid(x . gate + gate_bias) of each token.
     """
 
@@ -108,6 +121,7 @@ class Bottleneck:
     down_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     parallel: bool = False
+    of_output: bool = False
     skip: bool = True
     gate: torch.Tensor | None = None
     gate_bias: float = 0.0
@@ -115,9 +129,13 @@ class Bottleneck:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """Attention of a token over the outputs of several bottlenecks (AdapterFusion).
+    """Attention of a token over what several bottlenecks give, d_i (AdapterFusion, Pfeiffer et al.
+    2021): the stream after the block is h + V sum_i p_i d_i with p = softmax_i(q . k_i /
+    ``temperature``), q = Q x + ``query_bias``, k_i = K d_i + ``key_bias``, x being what the last
+    bottleneck reads.
 
-    ``query``, ``key``, ``value``: [hidden, hidden], y = x W^T, with biases [hidden] or None.
+    ``query``, ``key``, ``value``: [hidden, hidden], y = x W^T; without ``value`` V is 1. Every
+    bottleneck beside it has ``skip``.
     """
 
     query: torch.Tensor
@@ -155,14 +173,15 @@ class SiteParts:
     - linear and head: y = ``output_scale`` * (W (``input_scale`` * x) + base's bias + ``low_rank``
       of the scaled x) + ``bias``; ``dense``, [out, in], stands in for W. Rows of a head replace
       rows of W.
-    - embedding: y = W[id], ``rows`` or ``dense`` ([ids, hidden]) instead of W, plus ``low_rank``
-      with A's columns being ids; ``soft_prompt``, [tokens, hidden], are the vectors of the
-      adapter's virtual tokens, taken as they are. y is what the module puts out: a base that scales
-      its embeddings has every part scaled already.
+    - embedding: y = s (W[id] + ``low_rank`` of id), A's columns being ids, with ``rows`` or
+      ``dense`` ([ids, hidden]) instead of W and s the base's own scale (``SiteSpec.scale``);
+      ``soft_prompt``, [tokens, hidden], are the vectors of the adapter's virtual tokens, taken as
+      they are.
     - norm: y = ``gain`` * normalized x + base's bias + ``bias``; ``gain`` replaces the weight and
       is what x is multiplied by (a base that multiplies by 1 + weight has it added already).
-    - residual: the ``bottlenecks`` one after the other; with ``fusion`` side by side.
-    - attention: the ``prefix``.
+    - residual: the ``bottlenecks`` one after the other, o standing for what the one before left of
+      it; with ``fusion`` side by side.
+    - attention: the ``prefix``, as many tokens as the adapter has virtual ones.
 
     ``input_scale``: [in]; ``output_scale``, ``bias``, ``gain``: [out].
     """

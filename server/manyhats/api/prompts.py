@@ -79,7 +79,7 @@ async def plan_completion(state: ApiState, body: CompletionRequest, tenant: Tena
             len(tokens),
             wanted,
             COMPLETION_MAX_TOKENS,
-            bounds.model.context_len,
+            _context(bounds, adapter),
             "prompt",
             "max_tokens",
         )
@@ -100,7 +100,7 @@ async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job
         len(tokens),
         wanted,
         state.settings.default_max_tokens,
-        bounds.model.context_len,
+        _context(bounds, adapter),
         "messages",
         field,
     )
@@ -109,6 +109,11 @@ async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job
         await anyio.to_thread.run_sync(state.grammar.check, params.grammar)
     chosen = sampling.choices(params, body.seed, body.n or 1)
     return _job(state, "chatcmpl", body, tenant, adapter, [tokens], [chosen])
+
+
+def _context(bounds: sampling.Bounds, adapter: AdapterRef | None) -> int:
+    """Tokens of the context that are left for prompt and answer by the adapter's virtual ones."""
+    return bounds.model.context_len - (adapter.virtual_tokens if adapter is not None else 0)
 
 
 def fit(

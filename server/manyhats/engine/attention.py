@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from manyhats.engine.parts.prefix import PrefixSite
 from manyhats.engine.step import StepState
 from manyhats_kernels import Backend
 
@@ -24,9 +25,10 @@ class PagedAttention:
     """Writes the step's keys and values into this layer's cache, then attends over it.
 
     ``k_cache`` and ``v_cache`` have the backend's own layout (``Backend.kv_cache_shape``).
+    ``prefixes``: the adapters' own keys and values for their virtual tokens.
     """
 
-    __slots__ = ("_backend", "_k_cache", "_state", "_v_cache")
+    __slots__ = ("_backend", "_k_cache", "_state", "_v_cache", "prefixes")
 
     def __init__(
         self, backend: Backend, state: StepState, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -35,6 +37,7 @@ class PagedAttention:
         self._state = state
         self._k_cache = k_cache
         self._v_cache = v_cache
+        self.prefixes: PrefixSite | None = None
 
     def __call__(
         self,
@@ -48,6 +51,8 @@ class PagedAttention:
         """query [1, H, T, D], key and value [1, KH, T, D] -> [1, T, H, D], in query's dtype."""
         batch = self._state.attention
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if self._state.virtual and self.prefixes is not None:
+            self.prefixes.apply(k, v, self._state)
         self._backend.store_kv(k, v, self._k_cache, self._v_cache, batch)
         out = self._backend.paged_attention(
             q,

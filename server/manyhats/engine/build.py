@@ -11,6 +11,7 @@ from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
 from manyhats.engine.client import AsyncEngine, Postbox
 from manyhats.engine.grammars import Grammars
+from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
 from manyhats.engine.layers import install
@@ -18,8 +19,9 @@ from manyhats.engine.loop import Deliver, EngineLoop
 from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
-from manyhats.engine.pool import AdapterPool, adaptable
+from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
+from manyhats.engine.projections import install_projections
 from manyhats.engine.residency import AdapterResidency, NoAdapters
 from manyhats.engine.runner import ModelRunner
 from manyhats.engine.sampling import Sampler
@@ -62,16 +64,20 @@ def build_engine(
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
     pool, residency = None, None
+    modules = site_modules(base.module, base.spec)
+    for module in modules.values():
+        unhook(module)
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
         residency = AdapterResidency(
-            SlotTable(settings.slots, [settings.rows] * len(pool.sites)),
+            SlotTable(settings.slots, pool.capacity),
             pool,
             load_adapter,
             host_bytes=settings.host_cache_mb << 20,
             post=mailbox.post,
             observer=observer,
         )
+    install_projections(modules, base.shared, kernels.backend, state)
     scheduler = Scheduler(
         blocks,
         residency or NoAdapters(),
@@ -146,16 +152,17 @@ def _allocate_cache(
 def _install_pool(
     settings: Settings, base: BaseModel, kernels: Resolved, state: StepState
 ) -> AdapterPool:
-    sites = [site for site in base.spec.sites.values() if adaptable(site)]
+    sites = list(base.spec.sites.values())
     pool = AdapterPool(
         sites,
         rows=settings.rows,
         slots=settings.slots,
+        override_bytes=settings.override_mb << 20,
         dtype=base.dtype,
         device=base.device,
         backend=kernels.backend,
     )
-    install(site_modules(base.module, base.spec), pool, state)
+    install(site_modules(base.module, base.spec), base.blocks, pool, state)
     logger.info(
         "adapters: %d slots, %d rank rows at %d sites", settings.slots, settings.rows, len(sites)
     )

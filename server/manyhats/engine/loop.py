@@ -202,6 +202,7 @@ class EngineLoop:
 
     def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
         self._sequence_ids += 1
+        virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
         return LiveSequence(
             id=self._sequence_ids,
             request_id=request.request_id,
@@ -210,8 +211,8 @@ class EngineLoop:
             params=request.params[index],
             adapter=request.adapter,
             arrival=request.arrival,
-            prompt_len=len(request.prompt_token_ids),
-            token_ids=list(request.prompt_token_ids),
+            prompt_len=virtual + len(request.prompt_token_ids),
+            token_ids=[0] * virtual + list(request.prompt_token_ids),
         )
 
     def _end(self, request_id: str) -> bool:

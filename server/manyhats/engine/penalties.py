@@ -33,7 +33,9 @@ class _Seen:
         # Frequency and presence look at the output alone; only repetition needs the prompt.
         prompt: list[int] = []
         if sequence.params.repetition_penalty != 1.0:
-            prompt = list(dict.fromkeys(sequence.token_ids[: sequence.prompt_len]))
+            prompt = list(
+                dict.fromkeys(sequence.token_ids[sequence.virtual_tokens : sequence.prompt_len])
+            )
         self._place = {token: i for i, token in enumerate(prompt)}
         self._tokens = np.array(prompt, dtype=np.int64)
         self._counts = np.zeros(len(prompt), dtype=np.float32)

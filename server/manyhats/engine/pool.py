@@ -2,106 +2,163 @@
 
 At a site, ``a`` is [rows, in] and ``b`` is [rows, out]; an adapter owns a run of rows at each site
 where it has a low-rank part, and nothing elsewhere, so memory and arithmetic follow its true rank.
+The other parts lie in ``engine.parts``; what they keep as whole tensors takes pages of one budget.
 Who sits where is decided by ``adapters.slots.SlotTable``; this file only holds the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from manyhats.adapters.parts import CompiledAdapter, SiteKind, SiteParts, SiteSpec
+from manyhats.engine.parts.embedding import EmbeddingSite
+from manyhats.engine.parts.linear import LinearExtras
+from manyhats.engine.parts.norm import NormSite
+from manyhats.engine.parts.prefix import PrefixSite
+from manyhats.engine.parts.residual import ResidualSite
+from manyhats.engine.parts.site import PoolConfig, Site
 from manyhats.engine.step import StepState
-from manyhats_kernels import Backend, SiteRows
+from manyhats.errors import AdapterLoadError
+from manyhats_kernels import AdapterBatch, Backend, SiteRows
+from manyhats_kernels.groups import SiteGroup, SiteWeights
+
+OVERRIDE_PAGE = 1 << 16
+"""Bytes of a page of the budget for whole tensors."""
 
 
 class SitePool:
-    """One site's rows, and the product with them. Reads happen on the step thread, writes on the
-    loader's.
+    """The rows of a linear site or the head, and the product with them.
 
-    A writer touches only the rows of a slot that no running step wears. ``bias`` ([slots, out])
-    comes into being with the first adapter that has one here.
+    ``extras`` holds all other parts. Reads happen on the step thread, writes on the loader's; a
+    writer touches only the rows of a slot that no running step wears. The head's pool comes into
+    being with the first adapter that has rows there.
     """
 
-    __slots__ = (
-        "_a",
-        "_b",
-        "_backend",
-        "_bias",
-        "_bias_slots",
-        "_row_slots",
-        "_rows",
-        "_slots",
-        "spec",
-    )
+    __slots__ = ("_a", "_b", "_backend", "_config", "_row_slots", "_rows", "extras", "spec")
 
-    def __init__(
-        self,
-        spec: SiteSpec,
-        *,
-        rows: int,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: Backend,
-    ) -> None:
+    def __init__(self, spec: SiteSpec, config: PoolConfig) -> None:
         self.spec = spec
-        # torch.empty: on a CPU the pages cost nothing until an adapter is written to them.
-        self._a = torch.empty((rows, spec.in_features), dtype=dtype, device=device)
-        self._b = torch.empty((rows, spec.out_features), dtype=dtype, device=device)
+        self.extras = LinearExtras(spec, config)
+        self._config = config
         self._rows = SiteRows(
-            start=torch.zeros(slots, dtype=torch.int32, device=device),
-            count=torch.zeros(slots, dtype=torch.int32, device=device),
+            start=torch.zeros(config.slots, dtype=torch.int32, device=config.device),
+            count=torch.zeros(config.slots, dtype=torch.int32, device=config.device),
         )
-        self._bias: torch.Tensor | None = None
         self._row_slots = 0
-        self._bias_slots = 0
-        self._slots = slots
-        self._backend = backend
+        self._backend = config.backend
+        self._allocate(0 if spec.kind is SiteKind.HEAD else config.rows)
+
+    def check(self, parts: SiteParts) -> None:
+        """See ``Site.check``."""
+        self.extras.check(parts)
+
+    def rows(self, parts: SiteParts) -> int:
+        """See ``Site.rows``."""
+        return parts.low_rank.rank if parts.low_rank is not None else 0
+
+    def whole_bytes(self, parts: SiteParts) -> int:
+        """See ``Site.whole_bytes``."""
+        return self.extras.whole_bytes(parts)
 
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
-        """Copies the parts to the device; ``start`` is the first row of the slot's run here."""
+        """See ``Site.write``."""
         low_rank = parts.low_rank
         if low_rank is not None:
+            if not len(self._a):
+                self._allocate(self._config.rows)
             stop = start + low_rank.rank
             self._a[start:stop].copy_(low_rank.a)
             self._b[start:stop].copy_(low_rank.b)
             self._rows.start[slot] = start
             self._rows.count[slot] = low_rank.rank
             self._row_slots |= 1 << slot
-        if parts.bias is not None:
-            if self._bias is None:
-                self._bias = torch.zeros(
-                    (self._slots, self.spec.out_features),
-                    dtype=self._b.dtype,
-                    device=self._b.device,
-                )
-            self._bias[slot].copy_(parts.bias)
-            self._bias_slots |= 1 << slot
+        self.extras.write(slot, parts)
 
     def clear(self, slot: int) -> None:
-        """Forgets the slot's run; its rows may then be given to another."""
+        """See ``Site.clear``."""
         self._row_slots &= ~(1 << slot)
         self._rows.count[slot] = 0
-        if self._bias is not None and self._bias_slots >> slot & 1:
-            self._bias_slots &= ~(1 << slot)
-            self._bias[slot].zero_()
+        self.extras.clear(slot)
 
-    def apply(self, x: torch.Tensor, y: torch.Tensor, state: StepState) -> None:
-        """y[t] += (x[t] A^T) B + bias for each token that wears an adapter with parts here, in
-        place.
+    def apply(
+        self, x: torch.Tensor, y: torch.Tensor, batch: AdapterBatch, state: StepState
+    ) -> None:
+        """y[t] += (x[t] A^T) B for each token that wears an adapter with rows here, in place.
 
         x: [T, in]; y: [T, out]; the pool's dtype.
         """
         if self._row_slots & state.worn_slots:
-            self._backend.lora_add(y, x, self._a, self._b, self._rows, state.adapters)
-        if self._bias is not None and self._bias_slots & state.worn_slots:
-            self._backend.bias_add(y, self._bias, state.adapters)
+            self._backend.lora_add(y, x, self._a, self._b, self._rows, batch)
+
+    @property
+    def row_slots(self) -> int:
+        """Bitmask of the slots that own rows here."""
+        return self._row_slots
+
+    @property
+    def weights(self) -> SiteWeights:
+        """The pools and who owns which rows."""
+        return SiteWeights(self._a, self._b, self._rows)
+
+    def _allocate(self, rows: int) -> None:
+        # torch.empty: on a CPU the pages cost nothing until an adapter is written to them.
+        spec, config = self.spec, self._config
+        self._a = torch.empty((rows, spec.in_features), dtype=config.dtype, device=config.device)
+        self._b = torch.empty((rows, spec.out_features), dtype=config.dtype, device=config.device)
+
+
+class PoolGroup:
+    """The pools of linear sites that read the same input, applied in one call."""
+
+    __slots__ = ("_backend", "_group", "_head", "_pools")
+
+    def __init__(self, pools: Sequence[SitePool], backend: Backend) -> None:
+        self._pools = tuple(pools)
+        self._backend = backend
+        self._head = any(pool.spec.kind is SiteKind.HEAD for pool in pools)
+        # The head's rows come into being later: it is alone, and takes its own way.
+        self._group = None if self._head else SiteGroup([pool.weights for pool in pools])
+
+    def must_run_alone(self, state: StepState) -> bool:
+        """Whether the members must be computed one by one: a worn adapter changes the input or
+        stands in for a weight.
+        """
+        if self._group is None:
+            return True
+        worn = state.worn_slots
+        return any(pool.extras.slots & worn and pool.extras.before(state) for pool in self._pools)
+
+    def apply(self, x: torch.Tensor, ys: Sequence[torch.Tensor], state: StepState) -> None:
+        """Every member's parts added to its y, in place. x: [..., in]; ys: [..., out] each."""
+        worn, batch = state.worn_slots, state.adapters
+        flat = [y.view(-1, y.shape[-1]) for y in ys]
+        if self._group is not None and any(pool.row_slots & worn for pool in self._pools):
+            x = x.reshape(-1, x.shape[-1])
+            self._backend.lora_add_group(flat, x, self._group, batch)
+        for pool, y in zip(self._pools, flat, strict=True):
+            if pool.extras.slots & worn:
+                pool.extras.finish(y, batch, state)
+
+
+_SITES: dict[SiteKind, Callable[[SiteSpec, PoolConfig], Site]] = {
+    SiteKind.LINEAR: SitePool,
+    SiteKind.HEAD: SitePool,
+    SiteKind.NORM: NormSite,
+    SiteKind.EMBEDDING: EmbeddingSite,
+    SiteKind.ATTENTION: PrefixSite,
+    SiteKind.RESIDUAL: ResidualSite,
+}
+_PAGED = frozenset({SiteKind.LINEAR, SiteKind.HEAD, SiteKind.RESIDUAL})
 
 
 class AdapterPool:
-    """All sites' pools, and which sites each slot uses."""
+    """All sites' pools, and which sites each slot uses.
+
+    ``override_bytes`` bounds what is kept as whole tensors (replaced rows, whole weights, prefixes,
+    soft prompts), over all adapters on the device.
+    """
 
     def __init__(
         self,
@@ -109,17 +166,19 @@ class AdapterPool:
         *,
         rows: int,
         slots: int,
+        override_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,
     ) -> None:
         self.slots = slots
         self.rows = rows
-        self.sites = tuple(
-            SitePool(s, rows=rows, slots=slots, dtype=dtype, device=device, backend=backend)
-            for s in sites
-        )
+        self._pages = override_bytes // OVERRIDE_PAGE
+        config = PoolConfig(rows, slots, dtype, device, backend)
+        self.sites = tuple(_SITES[spec.kind](spec, config) for spec in sites)
         self._index = {site.spec.name: i for i, site in enumerate(self.sites)}
+        paged = [site for site in self.sites if site.spec.kind in _PAGED]
+        self._place = {site.spec.name: i for i, site in enumerate(paged)}
         self._sites_of_slot = [0] * slots
 
     @property
@@ -127,36 +186,66 @@ class AdapterPool:
         """Bitmask of the sites that each slot's adapter uses."""
         return self._sites_of_slot
 
-    def ranks(self, adapter: CompiledAdapter) -> tuple[int, ...]:
-        """Rows that the adapter needs at each site (0 where it has no low-rank part)."""
-        return tuple(
-            parts.low_rank.rank
-            if (parts := adapter.sites.get(site.spec.name)) is not None
-            and parts.low_rank is not None
-            else 0
-            for site in self.sites
-        )
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """Rows of each site that has rank rows, then the pages of the budget for whole tensors."""
+        return (self.rows,) * len(self._place) + (self._pages,)
+
+    def needs(self, adapter: CompiledAdapter) -> tuple[int, ...]:
+        """What the adapter takes of each entry of ``capacity``.
+
+        Raises AdapterLoadError for a part that cannot be served here and for whole tensors that are
+        over the budget.
+        """
+        rows, whole = [0] * len(self._place), 0
+        for name, parts in adapter.sites.items():
+            site = self._site(name)
+            site.check(parts)
+            if name in self._place:
+                rows[self._place[name]] = site.rows(parts)
+            whole += site.whole_bytes(parts)
+            if parts.prefix is not None and len(parts.prefix.k) != adapter.virtual_tokens:
+                raise AdapterLoadError(
+                    f"{name}: the prefix has {len(parts.prefix.k)} tokens and the adapter "
+                    f"{adapter.virtual_tokens} virtual tokens"
+                )
+        pages = -(-whole // OVERRIDE_PAGE)
+        if pages > self._pages:
+            raise AdapterLoadError(
+                f"the adapter's whole tensors (rows, dense weights, prefixes, soft prompts) take "
+                f"{whole / 2**20:.1f} MiB, over the bound of {self._pages * OVERRIDE_PAGE >> 20} "
+                "MiB (override_mb)"
+            )
+        return (*rows, pages)
 
     def write(self, slot: int, starts: Sequence[int], adapter: CompiledAdapter) -> None:
         """Brings an adapter to the device. Called beside the step loop, for a slot that nobody
-        wears yet.
+        wears yet. ``starts``: where its share of each entry of ``capacity`` begins.
+
+        What cannot be brought there whole leaves nothing behind.
         """
+        self.clear(slot)
         used = 0
-        for name, parts in adapter.sites.items():
-            index = self._index[name]
-            self.sites[index].write(slot, starts[index], parts)
-            used |= 1 << index
-        self._sites_of_slot[slot] = used
+        try:
+            for name, parts in adapter.sites.items():
+                used |= 1 << self._index[name]
+                self._sites_of_slot[slot] = used
+                at = self._place.get(name)
+                self.sites[self._index[name]].write(slot, 0 if at is None else starts[at], parts)
+        except BaseException:
+            self.clear(slot)
+            raise
 
     def clear(self, slot: int) -> None:
-        """Forgets a slot's adapter (its bytes stay until overwritten; nothing reads them)."""
+        """Forgets a slot's adapter. Its rows stay until overwritten, and nothing reads them."""
         used = self._sites_of_slot[slot]
         self._sites_of_slot[slot] = 0
         for index, site in enumerate(self.sites):
             if used >> index & 1:
                 site.clear(slot)
 
-
-def adaptable(spec: SiteSpec) -> bool:
-    """Whether parts can be served at the site: linear layers, and norms that have a bias."""
-    return spec.kind is SiteKind.LINEAR or (spec.kind is SiteKind.NORM and spec.bias is not None)
+    def _site(self, name: str) -> Site:
+        index = self._index.get(name)
+        if index is None:
+            raise AdapterLoadError(f"{name} is no site of the base where an adapter can be served")
+        return self.sites[index]

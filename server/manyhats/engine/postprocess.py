@@ -107,7 +107,7 @@ class Postprocessor:
         """Scores prompt tokens; those done before a preemption are passed over."""
         sequence = rows.item.sequence
         scores = self._live[sequence.id].prompt_logprobs
-        done = len(scores) - 1 - rows.first
+        done = len(scores) - 1 - (rows.first - sequence.virtual_tokens)
         if done >= len(rows.logits):
             return
         targets = sequence.token_ids[rows.first + done + 1 : rows.first + len(rows.logits) + 1]
@@ -164,7 +164,7 @@ class Postprocessor:
             logprobs=(drawn.logprob,) if drawn.logprob is not None else (),
             prompt_logprobs=self._prompt_scores(live) if first else None,
             finish_reason=reason,
-            cached_tokens=sequence.num_cached,
+            cached_tokens=sequence.cached_prompt_tokens,
         )
         if reason is not None:
             self._finish(sequence, reason, now)
@@ -197,7 +197,7 @@ class Postprocessor:
             sequence.index,
             prompt_logprobs=self._prompt_scores(live),
             finish_reason=FinishReason.LENGTH,
-            cached_tokens=sequence.num_cached,
+            cached_tokens=sequence.cached_prompt_tokens,
         )
 
     def _finish(self, sequence: LiveSequence, reason: FinishReason, now: float) -> None:
@@ -205,8 +205,8 @@ class Postprocessor:
         self._observer.finished(
             adapter_name(sequence),
             reason,
-            sequence.prompt_len,
-            sequence.num_cached,
+            sequence.prompt_len - sequence.virtual_tokens,
+            sequence.cached_prompt_tokens,
             sequence.output_len,
             now - sequence.arrival,
         )

@@ -33,13 +33,14 @@ _PENDING = Pending()
 class _Entry:
     """What is known of one adapter version that somebody asked for.
 
-    ``ranks`` is set once the adapter has been on the host; ``waiters`` are the ids of sequences
-    that were told to wait; a failure holds for those who waited when it happened. ``leases`` counts
-    this file's own.
+    ``needs`` (``AdapterPool.needs``) is set once the adapter has been on the host, ``slot`` once it
+    has one; ``waiters`` are the ids of sequences that were told to wait; a failure holds for those
+    who waited when it happened. ``leases`` counts this file's own.
     """
 
     ref: AdapterRef
-    ranks: tuple[int, ...] | None = None
+    needs: tuple[int, ...] | None = None
+    slot: int = -1
     loading: bool = False
     placed: bool = False
     dropped: bool = False
@@ -94,6 +95,7 @@ class AdapterResidency:
         entry.leases -= 1
         if entry.dropped and not entry.leases:
             entry.placed = False
+            self._clear(entry)
             self._forget_if_idle(digest)
 
     def cancel(self, seq: Sequence) -> None:
@@ -127,7 +129,7 @@ class AdapterResidency:
     @property
     def rows_used(self) -> int:
         """Rank rows in use at the fullest site."""
-        return max(self._slots.row_usage, default=0)
+        return max(self._slots.row_usage[:-1], default=0)  # the last are pages, not rows
 
     @property
     def host(self) -> HostCache:
@@ -150,7 +152,7 @@ class AdapterResidency:
         self._start_host_load(entry)
 
     def _start_host_load(self, entry: _Entry) -> None:
-        if entry.ranks is None and not entry.loading:
+        if entry.needs is None and not entry.loading:
             entry.loading = True
             self._host_threads.submit(self._load_host, entry.ref)
 
@@ -161,13 +163,13 @@ class AdapterResidency:
         error = entry.failed.pop(seq.id, None)
         if error is not None:
             return self._fail(seq, entry, error)
-        if entry.ranks is None:
+        if entry.needs is None:
             self._start_host_load(entry)
             entry.waiters.add(seq.id)
             return _PENDING
         ask = self._slots.acquire if lease else self._slots.prepare
         try:
-            answer = ask(entry.ref.digest, entry.ranks, seq.id)
+            answer = ask(entry.ref.digest, entry.needs, seq.id)
         except AdapterLoadError as failure:
             return self._fail(seq, entry, failure)
         return self._answer(seq, entry, answer)
@@ -185,10 +187,16 @@ class AdapterResidency:
                 evicted = self._entries[digest]
                 self._observer.adapter_evicted(evicted.ref.name, "device")
                 evicted.placed = False
+                self._clear(evicted)
                 self._forget_if_idle(digest)
             entry.placed = True
+            entry.slot = answer.slot
             self._device_thread.submit(self._load_device, entry.ref, answer.slot, answer.starts)
         return _PENDING
+
+    def _clear(self, entry: _Entry) -> None:
+        """Frees the bytes of an adapter that has lost its place, before anything takes that."""
+        self._device_thread.submit(self._pool.clear, entry.slot)
 
     def _fail(self, seq: Sequence, entry: _Entry, error: ManyhatsError) -> Failed:
         entry.waiters.discard(seq.id)
@@ -214,13 +222,14 @@ class AdapterResidency:
         started = time.monotonic()
         try:
             with self._host.hold(ref.digest) as adapter:
-                ranks = self._pool.ranks(adapter)
+                needs = self._pool.needs(adapter)
+                _check_virtual_tokens(ref, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
             failure = _as_load_error(ref, error)
             self._post(lambda: self._failed(ref, failure))
             return
         self._observer.adapter_loaded(ref.name, "host", time.monotonic() - started)
-        self._post(lambda: self._on_host(ref, ranks))
+        self._post(lambda: self._on_host(ref, needs))
 
     def _load_device(self, ref: AdapterRef, slot: int, starts: tuple[int, ...]) -> None:
         started = time.monotonic()
@@ -236,14 +245,15 @@ class AdapterResidency:
 
     # What the loads post: on the step thread again.
 
-    def _on_host(self, ref: AdapterRef, ranks: tuple[int, ...]) -> None:
+    def _on_host(self, ref: AdapterRef, needs: tuple[int, ...]) -> None:
         entry = self._entry(ref)
         entry.loading = False
-        entry.ranks = ranks
+        entry.needs = needs
 
     def _on_device(self, ref: AdapterRef) -> None:
         if not self._slots.loaded(ref.digest):
             self._entry(ref).placed = False
+            self._clear(self._entry(ref))
             self._forget_if_idle(ref.digest)
 
     def _device_failed(self, ref: AdapterRef, error: ManyhatsError) -> None:
@@ -256,7 +266,7 @@ class AdapterResidency:
         self._observer.adapter_load_failed(ref.name)
         entry = self._entry(ref)
         entry.loading = False
-        entry.ranks = None
+        entry.needs = None
         entry.failed = dict.fromkeys(entry.waiters, error)
         self._forget_if_idle(ref.digest)
 
@@ -266,8 +276,19 @@ class AdapterResidency:
         entry = self._entries.get(digest)
         if entry is not None:
             entry.dropped = True
+            if entry.placed and gone:
+                self._clear(entry)
             entry.placed = not gone
             self._forget_if_idle(digest)
+
+
+def _check_virtual_tokens(ref: AdapterRef, adapter: CompiledAdapter) -> None:
+    if adapter.virtual_tokens != ref.virtual_tokens:
+        raise AdapterLoadError(
+            f"adapter {ref} has {adapter.virtual_tokens} virtual tokens and is registered with "
+            f"{ref.virtual_tokens}: register it again",
+            param="model",
+        )
 
 
 def _as_load_error(ref: AdapterRef, error: Exception) -> ManyhatsError:

@@ -68,9 +68,9 @@ class ModelRunner:
         positions = np.arange(ids.size, dtype=np.int64) + np.repeat(
             starts - (ends - counts), counts
         )
-        self._begin(items, counts, starts)
+        wanted, prompts = _wanted_rows(items, ends - counts, ends)
+        self._begin(items, counts, starts, wanted)
         try:
-            wanted, prompts = _wanted_rows(items, ends - counts, ends)
             logits = self._module(
                 input_ids=to_device(ids, self._device)[None],
                 position_ids=to_device(positions, self._device)[None],
@@ -82,7 +82,11 @@ class ModelRunner:
         return _split(items, logits, prompts)
 
     def _begin(
-        self, items: Sequence[ScheduledSequence], counts: np.ndarray, starts: np.ndarray
+        self,
+        items: Sequence[ScheduledSequence],
+        counts: np.ndarray,
+        starts: np.ndarray,
+        wanted: np.ndarray,
     ) -> None:
         attention = AttentionBatch.build(
             counts,
@@ -97,7 +101,20 @@ class ModelRunner:
         num_slots = self._pool.slots if self._pool is not None else 0
         adapters = AdapterBatch.build(slots, num_slots, self._device)
         sites_of_slot = self._pool.sites_of_slot if self._pool is not None else ()
-        self._state.begin(attention, adapters, sites_of_slot)
+        virtual = _virtual_rows(items, np.cumsum(counts) - counts)
+        self._state.begin(attention, adapters, sites_of_slot, wanted=wanted, virtual=virtual)
+
+
+def _virtual_rows(
+    items: Sequence[ScheduledSequence], begins: np.ndarray
+) -> list[tuple[int, int, int, int]]:
+    """Packed rows that are virtual tokens: (slot, begin, end, position of the first)."""
+    rows = []
+    for item, begin in zip(items, begins.tolist(), strict=True):
+        count = min(item.sequence.virtual_tokens - item.start, item.count)
+        if count > 0:
+            rows.append((item.sequence.slot, begin, begin + count, item.start))
+    return rows
 
 
 def _wanted_rows(
@@ -112,10 +129,13 @@ def _wanted_rows(
     rows: list[np.ndarray] = []
     for index, item in enumerate(items):
         if item.sequence.wants_prompt_logprobs:
-            count = min(item.count, item.sequence.prompt_len - 1 - item.start)
+            # Nothing scores a virtual token, nor the prompt's first one.
+            skipped = max(0, item.sequence.virtual_tokens - item.start)
+            count = min(item.count, item.sequence.prompt_len - 1 - item.start) - skipped
             if count > 0:
-                prompts.append((index, item.start, count))
-                rows.append(np.arange(begins[index], begins[index] + count))
+                prompts.append((index, item.start + skipped, count))
+                first = begins[index] + skipped
+                rows.append(np.arange(first, first + count))
     samples = np.fromiter((i.samples for i in items), np.bool_, len(items))
     rows.append(ends[samples] - 1)
     return np.concatenate(rows), prompts

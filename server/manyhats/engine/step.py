@@ -16,14 +16,28 @@ class StepState:
 
     ``active_sites`` has bit i set where some worn adapter does something at site i; ``worn_slots``
     has bit s set where a token of the step wears slot s. Both are 0 in a step of base tokens alone,
-    so that those pay for one test a layer.
+    so that those pay for one test a layer. ``virtual`` holds (slot, begin, end, position) for the
+    rows begin:end of the batch that are an adapter's virtual tokens from ``position`` on.
     """
 
-    __slots__ = ("_adapters", "_attention", "active_sites", "worn_slots")
+    __slots__ = (
+        "_adapters",
+        "_attention",
+        "_head",
+        "_per_head",
+        "_wanted",
+        "active_sites",
+        "virtual",
+        "worn_slots",
+    )
 
     def __init__(self) -> None:
         self._adapters: AdapterBatch | None = None
         self._attention: AttentionBatch | None = None
+        self._wanted: np.ndarray | None = None
+        self._head: AdapterBatch | None = None
+        self._per_head: dict[tuple[torch.Size, int], AdapterBatch] = {}
+        self.virtual: Sequence[tuple[int, int, int, int]] = ()
         self.active_sites = 0
         self.worn_slots = 0
 
@@ -41,17 +55,52 @@ class StepState:
             raise RuntimeError("no step is running")
         return self._attention
 
+    @property
+    def head(self) -> AdapterBatch:
+        """Who wears what among the rows that meet the head. Made for the first who asks."""
+        if self._head is None:
+            adapters = self.adapters
+            slots = adapters.slots.cpu().numpy()[self._wanted]
+            self._head = AdapterBatch.build(slots, adapters.num_slots, adapters.slots.device)
+        return self._head
+
+    def per_head(self, shape: torch.Size, token_axis: int) -> AdapterBatch:
+        """Who wears what among the rows of a [1, tokens, heads, n] tensor, in its own order.
+
+        With ``token_axis`` 2 it is [1, heads, tokens, n]. Made once a step and shape.
+        """
+        batch = self._per_head.get((shape, token_axis))
+        if batch is None:
+            adapters = self.adapters
+            slots = adapters.slots.cpu().numpy()
+            slots = np.repeat(slots, shape[2]) if token_axis == 1 else np.tile(slots, shape[1])
+            batch = AdapterBatch.build(slots, adapters.num_slots, adapters.slots.device)
+            self._per_head[shape, token_axis] = batch
+        return batch
+
     def begin(
-        self, attention: AttentionBatch, adapters: AdapterBatch, sites_of_slot: Sequence[int]
+        self,
+        attention: AttentionBatch,
+        adapters: AdapterBatch,
+        sites_of_slot: Sequence[int],
+        *,
+        wanted: np.ndarray,
+        virtual: Sequence[tuple[int, int, int, int]] = (),
     ) -> None:
-        """Sets the next pass's plan. ``sites_of_slot[s]``: bitmask of slot s's sites."""
+        """Sets the next pass's plan. ``sites_of_slot[s]``: bitmask of slot s's sites; ``wanted``:
+        the rows that meet the head, in order.
+        """
         self._attention = attention
         self._adapters = adapters
+        self._wanted = wanted
+        self.virtual = virtual
         self.active_sites, self.worn_slots = _masks(adapters.worn, sites_of_slot)
 
     def end(self) -> None:
         """Forgets the plan."""
-        self._attention = self._adapters = None
+        self._attention = self._adapters = self._head = self._wanted = None
+        self._per_head.clear()
+        self.virtual = ()
         self.active_sites = self.worn_slots = 0
 
 

@@ -49,6 +49,7 @@ _MIGRATIONS: Final = (
         PRIMARY KEY (name, version)
     ) WITHOUT ROWID;
     """,
+    "ALTER TABLE adapters ADD COLUMN virtual_tokens INTEGER NOT NULL DEFAULT 0",
 )
 
 
@@ -123,6 +124,7 @@ class Registry:
         max_rank: int,
         nbytes: int,
         source: str,
+        virtual_tokens: int = 0,
     ) -> AdapterRef:
         """The next version of ``name``, or its newest one where that has the same digest already.
 
@@ -138,8 +140,9 @@ class Registry:
                 return versions[-1].ref
             self._check_room()
             created = int(self._clock())
-            row = (digest, tenant, family, max_rank, nbytes, created, source)
-            ref = AdapterRef(name, self._write(lambda db: _insert(db, name, row)), digest)
+            row = (digest, tenant, family, max_rank, nbytes, created, source, virtual_tokens)
+            version = self._write(lambda db: _insert(db, name, row))
+            ref = AdapterRef(name, version, digest, virtual_tokens)
             record = AdapterRecord(ref, tenant, family, max_rank, nbytes, created, source)
             with self._reading:
                 self._generation += 1
@@ -262,16 +265,16 @@ def _insert(db: sqlite3.Connection, name: str, row: tuple[object, ...]) -> int:
         "SET last_version = last_version + 1 RETURNING last_version",
         (name,),
     ).fetchone()
-    db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (name, version, *row))
+    db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (name, version, *row))
     return int(version)
 
 
 def _read(db: sqlite3.Connection) -> dict[str, tuple[AdapterRecord, ...]]:
     names: dict[str, list[AdapterRecord]] = {}
-    for name, version, digest, tenant, *rest in db.execute(
-        "SELECT name, version, digest, tenant, family, max_rank, nbytes, created, source "
-        "FROM adapters ORDER BY name, version"
+    for name, version, digest, tenant, virtual_tokens, *rest in db.execute(
+        "SELECT name, version, digest, tenant, virtual_tokens, family, max_rank, nbytes, created, "
+        "source FROM adapters ORDER BY name, version"
     ):
-        ref = AdapterRef(name, version, Digest(digest))
+        ref = AdapterRef(name, version, Digest(digest), virtual_tokens)
         names.setdefault(name, []).append(AdapterRecord(ref, TenantId(tenant), *rest))
     return {name: tuple(records) for name, records in names.items()}

@@ -154,6 +154,7 @@ class AdapterService:
         with self._compiling:
             compiled = self._compile(staging.path)
             family, max_rank, nbytes = compiled.family, compiled.max_rank, compiled.nbytes
+            virtual_tokens = compiled.virtual_tokens
             del compiled
         with self._changing:
             digest = self._store.commit(staging)
@@ -166,6 +167,7 @@ class AdapterService:
                     max_rank=max_rank,
                     nbytes=nbytes,
                     source=source,
+                    virtual_tokens=virtual_tokens,
                 )
             except BaseException:
                 if not self._registry.uses(digest):

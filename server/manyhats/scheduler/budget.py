@@ -34,9 +34,13 @@ class Budget:
     def check(self, seq: Sequence, blocks: BlockManager) -> None:
         """Raise ContextLengthError or RequestError for a sequence that could never be finished."""
         prompt, output = seq.prompt_len, seq.params.max_tokens
-        if prompt < 1:
+        virtual = seq.virtual_tokens
+        if prompt - virtual < 1:
             raise RequestError("The prompt has no token.", param="prompt")
-        asked = f"The prompt has {prompt} tokens and max_tokens is {output}: {prompt + output}"
+        asked = f"The prompt has {prompt - virtual} tokens and max_tokens is {output}"
+        if virtual:
+            asked += f", the adapter has {virtual} virtual tokens"
+        asked += f": {prompt + output}"
         if prompt + output > self.max_context:
             raise ContextLengthError(
                 f"{asked} is over the context of {self.max_context} tokens.", param="max_tokens"

@@ -15,12 +15,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.sites import describe_plain
 
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter
 from manyhats.engine.model.parts_reference import PartsReference
-from manyhats.engine.model.spec import describe, site_modules
+from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.types import Digest
 
@@ -132,7 +133,7 @@ def bases() -> dict[str, Base]:
                 elif key.endswith("weight"):  # a norm's, near what it was
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         model.requires_grad_(False)
-        found[name] = Base(model, describe(model, "0" * 64), logits(model))
+        found[name] = Base(model, describe_plain(model), logits(model))
     return found
 
 

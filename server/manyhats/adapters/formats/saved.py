@@ -98,14 +98,20 @@ def _build(job: Job, modules: list[tuple[SiteSpec, str]], builder: Builder) -> N
             builder.check_dense(site.in_features * site.out_features, name)
         weight = job.tensor(name)
         if site.kind is SiteKind.NORM:
-            builder.gain(site, weight + site.offset, name)
+            builder.gain(site, weight + _offset(site), name)
         else:
             builder.dense(site, _logical(site, weight), name)
         if site.bias is not None:
             builder.bias(site, job.tensor(f"{place}.bias") - site.bias, f"{place}.bias")
 
 
+def _offset(site: SiteSpec) -> float:
+    if site.norm is None:
+        raise AdapterRejectedError(
+            "unsupported_site", f"{site.name} is a normalization of a kind that is not known here"
+        )
+    return site.norm.offset
+
+
 def _logical(site: SiteSpec, weight: torch.Tensor) -> torch.Tensor:
-    if site.kind is SiteKind.EMBEDDING:
-        return weight * site.scale
     return weight.t() if site.transposed else weight

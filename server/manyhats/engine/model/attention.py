@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from manyhats.engine.attention import AttentionShape, PagedAttention
+from manyhats.engine.model.inputs import SharedInputs, watch_inputs
+from manyhats.engine.model.wiring import Blocks, watch
 from manyhats.errors import ConfigError
 
 IMPLEMENTATION = "manyhats"
@@ -56,7 +59,10 @@ def _probe(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Records the shapes and refuses what the paged attention cannot honour; answers zeros."""
+    """Records the shapes and refuses what the paged attention cannot honour.
+
+    Answers the queries themselves, so that there is something to see of what follows.
+    """
     unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS)
     if unknown:
         raise ConfigError(
@@ -77,7 +83,7 @@ def _probe(
         head_dim=query.shape[-1],
         sliding_window=sliding_window,
     )
-    return torch.zeros_like(query).transpose(1, 2), None
+    return query.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _paged)
@@ -86,20 +92,39 @@ AttentionInterface.register(_PROBE, _probe)
 AttentionMaskInterface.register(_PROBE, _no_mask)
 
 
-@torch.inference_mode()
-def probe_attention(model: PreTrainedModel) -> list[tuple[nn.Module, AttentionShape]]:
-    """The model's attention modules in order, with what each one's cache must hold.
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """``layers``: the attention modules in order, with what each one's cache must hold;
+    ``blocks``: the places of the residual sites, as far as they are known; ``shared``: which linear
+    layers read the same input.
+    """
 
-    Runs two tokens through the model with a recording attention. Raises ConfigError where the
-    architecture does not go through transformers' attention interface in every layer, or asks of it
-    what ours cannot do.
+    layers: list[tuple[nn.Module, AttentionShape]]
+    blocks: Blocks
+    shared: SharedInputs
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel) -> Probed:
+    """Runs a few tokens through the model with a recording attention.
+
+    Raises ConfigError where the architecture does not go through transformers' attention interface
+    in every layer, or asks of it what ours cannot do.
     """
     model.set_attn_implementation(_PROBE)
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-    positions = torch.arange(2, device=model.device)[None]
-    model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=ids[0, :1])
+    config = model.config.get_text_config()
+    heads = {config.num_attention_heads, getattr(config, "num_key_value_heads", None)}
+    tokens = next(count for count in (2, 3, 4) if count not in heads)
+    positions = torch.arange(tokens, device=model.device)[None]
+    with watch(model, _layer_names(model), tokens) as blocks, watch_inputs(model) as shared:
+        model(
+            input_ids=positions,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=positions[0],
+        )
     found = [(m, m.manyhats_shape) for m in model.modules() if hasattr(m, "manyhats_shape")]
-    layers = int(model.config.get_text_config().num_hidden_layers)
+    layers = int(config.num_hidden_layers)
     if len(found) != layers:
         raise ConfigError(
             f"model: {type(model).__name__} sends {len(found)} of its {layers} layers through the "
@@ -107,4 +132,15 @@ def probe_attention(model: PreTrainedModel) -> list[tuple[nn.Module, AttentionSh
             param="model",
         )
     model.set_attn_implementation(IMPLEMENTATION)
-    return found
+    return Probed(found, blocks, shared)
+
+
+def _layer_names(model: PreTrainedModel) -> list[str]:
+    """The layers' names: the members of the module list that is as long as the model is deep."""
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    return [
+        f"{name}.{index}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+        for index in range(depth)
+    ]

@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from manyhats.adapters.parts import BaseSpec
 from manyhats.config import Device, Dtype, Settings
 from manyhats.engine.attention import AttentionShape
-from manyhats.engine.model.attention import probe_attention
+from manyhats.engine.model.attention import probe
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
-from manyhats.engine.model.packed import unpack_long_batches
+from manyhats.engine.model.fourbit import use_four_bit_kernel
+from manyhats.engine.model.inputs import SharedInputs
 from manyhats.engine.model.quantized import (
     keep_copy,
     kept_copy,
@@ -30,8 +31,9 @@ from manyhats.engine.model.quantized import (
 )
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
+from manyhats.engine.model.wiring import Blocks
 from manyhats.errors import ConfigError
-from manyhats_kernels import Unpacker
+from manyhats_kernels.fourbit import FourBit
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ TORCH_DTYPES = {Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16, Dtype.FP3
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """The base model in memory. ``layers``: its attention modules in order and what their caches
-    must hold.
+    must hold; ``blocks``: the modules of its residual sites; ``shared``: which linear layers read
+    the same input.
     """
 
     name: str
@@ -49,6 +52,8 @@ class BaseModel:
     tokenizer: ModelTokenizer
     spec: BaseSpec
     layers: list[tuple[nn.Module, AttentionShape]]
+    blocks: Blocks
+    shared: SharedInputs
     dtype: torch.dtype
     device: torch.device
     context_len: int
@@ -58,7 +63,7 @@ class BaseModel:
 
 
 def load_base(settings: Settings, backend: object = None) -> BaseModel:
-    """Loads what ``settings.model`` names; a ``backend`` that is an ``Unpacker`` speeds up 4 bits.
+    """Loads what ``settings.model`` names; a ``backend`` that is ``FourBit`` multiplies 4 bits.
 
     Raises ConfigError where the model, its tokenizer, the quantization or the device cannot be had.
     """
@@ -72,8 +77,8 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
         digest = base_digest(config, source, settings)
         module = _load_module(settings, source, digest, dtype, device)
         settle_cpu_layout(module, dtype)
-        if device.type == "cpu" and isinstance(backend, Unpacker):
-            unpack_long_batches(module, backend)
+        if isinstance(backend, FourBit):
+            use_four_bit_kernel(module, backend, dtype)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model: {source!r} cannot be loaded: {error}", param="model") from error
     base = wrap_base(
@@ -129,14 +134,16 @@ def wrap_base(
             param="max_context",
         )
     wrapped = ModelTokenizer(tokenizer)
-    spec = describe(module, digest)
-    layers = probe_attention(module)
+    probed = probe(module)
+    spec = describe(module, digest, probed.layers, probed.blocks)
     return BaseModel(
         name=name,
         module=module,
         tokenizer=wrapped,
         spec=spec,
-        layers=layers,
+        layers=probed.layers,
+        blocks=probed.blocks,
+        shared=probed.shared,
         dtype=dtype,
         device=module.device,
         context_len=max_context or limit,

@@ -88,7 +88,7 @@ class PartsReference:
                 if site.kind is SiteKind.NORM:
                     stack.enter_context(_with_gain(site, module, parts))
                 elif site.kind is SiteKind.EMBEDDING:
-                    hook = partial(_embedding, parts)
+                    hook = partial(_embedding, site, parts)
                     stack.callback(module.register_forward_hook(hook).remove)
                 elif site.kind in (SiteKind.LINEAR, SiteKind.HEAD):
                     stack.enter_context(_linear_hooks(site, module, parts))
@@ -99,7 +99,9 @@ class PartsReference:
 def _with_gain(site: SiteSpec, module: Any, parts: SiteParts) -> Iterator[None]:
     own = module.weight.data
     if parts.gain is not None:
-        module.weight.data = (parts.gain.float() - site.offset).to(own)
+        if site.norm is None:
+            raise ValueError(f"{site.name}: a gain of a norm of unknown kind")
+        module.weight.data = (parts.gain.float() - site.norm.offset).to(own)
     bias = parts.bias
     hook = module.register_forward_hook(lambda _m, _x, y: y if bias is None else y + bias.to(y))
     try:
@@ -143,15 +145,19 @@ def _linear(
 
 
 def _embedding(
-    parts: SiteParts, _module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor
+    site: SiteSpec,
+    parts: SiteParts,
+    _module: nn.Module,
+    args: tuple[torch.Tensor],
+    y: torch.Tensor,
 ) -> torch.Tensor:
     ids = args[0]
     if parts.dense is not None:
-        y = parts.dense[ids].to(y)
+        y = parts.dense[ids].to(y) * site.scale
     if parts.rows is not None:
         y = y.clone()
         for token_id, vector in zip(parts.rows.token_ids, parts.rows.vectors, strict=True):
-            y[ids == token_id] = vector.to(y)
+            y[ids == token_id] = vector.to(y) * site.scale
     if parts.low_rank is not None:
-        y = y + parts.low_rank.a.t()[ids].to(y) @ parts.low_rank.b.to(y)
+        y = y + parts.low_rank.a.t()[ids].to(y) @ parts.low_rank.b.to(y) * site.scale
     return y

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,81 +12,79 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from manyhats.adapters.parts import BaseSpec, SiteKind, SiteSpec
+from manyhats.engine.attention import AttentionShape
+from manyhats.engine.model.norms import norm_kind
+from manyhats.engine.model.wiring import Blocks
 
 
-def describe(model: PreTrainedModel, digest: str) -> BaseSpec:
-    """The model's sites in its own order: linear layers, norms, embeddings, attentions, the head.
+def describe(
+    model: PreTrainedModel,
+    digest: str,
+    layers: Sequence[tuple[nn.Module, AttentionShape]] = (),
+    blocks: Blocks | None = None,
+) -> BaseSpec:
+    """The model's sites in its own order: linear layers, norms, embeddings, the head and, as far as
+    ``layers`` and ``blocks`` tell of them, attention and residual sites.
 
     Biases are copied to the CPU in fp32 (adapters that train biases are kept as differences to
     them).
     """
-    config = model.config.get_text_config()
     head = model.get_output_embeddings()
+    attention = {id(module): shape for module, shape in layers}
     sites: dict[str, SiteSpec] = {}
+    weights: dict[int, str] = {}  # of the embeddings, which the head may share
     for name, module in model.named_modules():
-        site = _site(name, module, config)
+        shape = attention.get(id(module))
+        if shape is not None:
+            site: SiteSpec | None = SiteSpec(
+                name, SiteKind.ATTENTION, shape.kv_heads, shape.head_dim
+            )
+        else:
+            site = _site(name, module, is_head=module is head)
         if site is not None:
-            sites[name] = _as_head(site, module, model, sites) if module is head else site
+            sites[name] = site
+            if site.kind is SiteKind.EMBEDDING and head is not None:
+                weights[id(module.weight)] = name
+    for name, site in sites.items():
+        if site.kind is SiteKind.HEAD and head is not None:
+            sites[name] = replace(site, tied_to=weights.get(id(head.weight)))
+    config = model.config.get_text_config()
+    hidden = int(config.hidden_size)
+    for name in blocks or ():
+        sites[name] = SiteSpec(name, SiteKind.RESIDUAL, hidden, hidden)
     return BaseSpec(digest=digest, num_layers=int(config.num_hidden_layers), sites=sites)
 
 
 def site_modules(model: PreTrainedModel, spec: BaseSpec) -> Mapping[str, nn.Module]:
-    """Each site's module; a place in the residual stream has none."""
+    """The module of each site that is one (residual sites are not)."""
     modules = dict(model.named_modules())
-    return {name: modules[name] for name in spec.sites if name in modules}
+    return {
+        name: modules[name]
+        for name, site in spec.sites.items()
+        if site.kind is not SiteKind.RESIDUAL
+    }
 
 
-def _as_head(
-    site: SiteSpec, module: Any, model: PreTrainedModel, sites: Mapping[str, SiteSpec]
-) -> SiteSpec:
-    modules = dict(model.named_modules())
-    shared = (
-        name
-        for name, other in sites.items()
-        if other.kind is SiteKind.EMBEDDING and _weight(modules[name]) is module.weight
-    )
-    return replace(site, kind=SiteKind.HEAD, tied_to=next(shared, None))
-
-
-def _weight(module: Any) -> object:
-    return module.weight
-
-
-def _site(name: str, module: Any, config: Any) -> SiteSpec | None:
+def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
     bias = getattr(module, "bias", None)
     bias = bias.detach().float().cpu().clone() if isinstance(bias, torch.Tensor) else None
     if isinstance(module, Conv1D):
         return SiteSpec(name, SiteKind.LINEAR, int(module.nx), int(module.nf), True, bias)
     if isinstance(module, nn.Linear):
-        return SiteSpec(name, SiteKind.LINEAR, module.in_features, module.out_features, False, bias)
+        kind = SiteKind.HEAD if is_head else SiteKind.LINEAR
+        return SiteSpec(name, kind, module.in_features, module.out_features, False, bias)
     if isinstance(module, nn.Embedding):
-        scale = float(torch.as_tensor(getattr(module, "embed_scale", 1.0)).to(module.weight.dtype))
-        shape = module.num_embeddings, module.embedding_dim
-        return SiteSpec(name, SiteKind.EMBEDDING, *shape, scale=scale)
-    if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx"):
-        heads = int(config.num_attention_heads)
-        head_dim = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return SiteSpec(name, SiteKind.ATTENTION, int(kv_heads), int(head_dim))
+        ids, size = module.num_embeddings, module.embedding_dim
+        return SiteSpec(name, SiteKind.EMBEDDING, ids, size, scale=_embedding_scale(module))
     if "Norm" in type(module).__name__ and isinstance(
         getattr(module, "weight", None), torch.Tensor
     ):
         size = int(module.weight.numel())
-        offset = _offset(module)
-        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, offset=offset)
+        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, norm_kind(module))
     return None
 
 
-@torch.no_grad()
-def _offset(module: nn.Module) -> float:
-    """What a norm adds to its weight: its output where the weight is zero (Gemma's adds 1).
-
-    The input is one and minus one by turns, which every norm leaves as it is.
-    """
-    bare: Any = copy.deepcopy(module)
-    for parameter in bare.parameters():
-        parameter.zero_()
-    size = bare.weight.numel()
-    x = torch.ones(1, size, dtype=bare.weight.dtype, device=bare.weight.device)
-    x[:, 1::2] = -1
-    return float(torch.round((bare(x) * x).float().mean()))
+def _embedding_scale(module: Any) -> float:
+    """What the module multiplies its rows by, rounded as it rounds it."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(torch.as_tensor(scale).to(module.weight.dtype))

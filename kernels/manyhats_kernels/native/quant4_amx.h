@@ -1,0 +1,192 @@
+/* The panels of quant4.h on AMX tiles. */
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(MH_AVX512_BF16) && defined(__linux__)
+#define MH_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILE 512 /* elements of a tile: 16 rows of 32 */
+
+/* Whether the kernel lets this process use tiles; asks it to. */
+EXPORT int mh_amx(void) {
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+}
+
+/* Sixteen floats of each of sixteen rows, rows and columns exchanged. */
+INLINE void transpose16(__m512 *r) {
+    __m512 s[16];
+    for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d a = (__m512d)s[i + j], b = (__m512d)s[i + j + 2];
+            r[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
+            r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+        }
+    for (int j = 0; j < 4; j++) {
+        __m512 a = r[j], b = r[4 + j], c = r[8 + j], d = r[12 + j];
+        __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x88), ab1 = _mm512_shuffle_f32x4(a, b, 0xdd);
+        __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x88), cd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
+        s[j] = _mm512_shuffle_f32x4(ab0, cd0, 0x88);
+        s[8 + j] = _mm512_shuffle_f32x4(ab0, cd0, 0xdd);
+        s[4 + j] = _mm512_shuffle_f32x4(ab1, cd1, 0x88);
+        s[12 + j] = _mm512_shuffle_f32x4(ab1, cd1, 0xdd);
+    }
+    memcpy(r, s, sizeof s);
+}
+
+/* Sixteen tokens (`have` of them real) and sixty-four k of x, to the right tiles of even and odd k. */
+INLINE void pack_tiles(bf16 *even, bf16 *odd, const bf16 *x, int64_t stride, int64_t have) {
+    const __m512i first = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30,
+                                           28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(1));
+    __m512 e[16], o[16];
+    for (int t = 0; t < 16; t++) {
+        __m512i low = _mm512_setzero_si512(), high = low;
+        if (t < have) {
+            low = _mm512_loadu_si512(x + t * stride);
+            high = _mm512_loadu_si512(x + t * stride + 32);
+        }
+        e[t] = (__m512)_mm512_permutex2var_epi16(low, first, high);
+        o[t] = (__m512)_mm512_permutex2var_epi16(low, second, high);
+    }
+    transpose16(e);
+    transpose16(o);
+    memcpy(even, e, sizeof e);
+    memcpy(odd, o, sizeof o);
+}
+
+/* The same for bf16 weights, whose k keep their order: two tiles of thirty-two k. */
+INLINE void pack_plain(bf16 *first, bf16 *second, const bf16 *x, int64_t stride, int64_t have) {
+    __m512 low[16], high[16];
+    for (int t = 0; t < 16; t++) {
+        low[t] = t < have ? _mm512_loadu_ps(x + t * stride) : _mm512_setzero_ps();
+        high[t] = t < have ? _mm512_loadu_ps(x + t * stride + 32) : _mm512_setzero_ps();
+    }
+    transpose16(low);
+    transpose16(high);
+    memcpy(first, low, sizeof low);
+    memcpy(second, high, sizeof high);
+}
+
+/* A tile of sums [16 outputs][16 tokens] to y, as many of them as there are. */
+INLINE void store_tile(const quant4_matrix *m, int64_t all_tokens, float *sums, int64_t n0, int64_t t0) {
+    int64_t outputs = least(16, m->n - n0), tokens = least(16, all_tokens - t0);
+    if (outputs <= 0) return;
+    __m512 rows[16];
+    memcpy(rows, sums, sizeof rows);
+    transpose16(rows);
+    __mmask16 mask = (__mmask16)((1u << outputs) - 1);
+    __m512 bias = _mm512_setzero_ps();
+    if (m->bias) {
+        __m256i own = _mm256_maskz_loadu_epi16(mask, m->bias + n0);
+        bias = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        _mm256_mask_storeu_epi16(m->y + (t0 + t) * m->y_stride + n0, mask,
+                                 (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(rows[t], bias)));
+}
+
+/* Thirty-two outputs by 16 or 32 tokens. a0, a1: sixteen outputs each, a_step elements from one tile to the
+ * next and a_row from one output to the next; b: one or two tiles of tokens. */
+INLINE void multiply_tiles(const bf16 *a0, const bf16 *a1, int64_t a_step, int64_t a_row, const bf16 *b0,
+                           int64_t tiles, int wide, float (*sums)[256]) {
+    const bf16 *b1 = b0 + tiles * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < tiles; k++) {
+        _tile_loadd(4, a0 + k * a_step, a_row * 2);
+        _tile_loadd(5, a1 + k * a_step, a_row * 2);
+        _tile_loadd(6, b0 + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (wide) {
+            _tile_loadd(7, b1 + k * TILE, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    if (wide) {
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+    }
+}
+
+static void unpack_panel(const quant4_matrix *m, int64_t k, int64_t n0, bf16 *panel) {
+    int64_t tiles = k / 32, per_row = k / m->block, rows = least(Q4_ROWS, m->n - n0);
+    vf codes = load_fp32(m->code);
+    for (int64_t r = 0; r < rows; r++) {
+        bf16 *to = panel + (r / 16) * tiles * TILE + (r % 16) * 32;
+        const uint8_t *from = m->packed + (n0 + r) * k / 2;
+        const float *scale = m->absmax + (n0 + r) * per_row;
+        for (int64_t b = 0; b < per_row; b++)
+            for (int64_t i = 0; i < m->block / Q4_RUN; i++, from += Q4_RUN / 2, to += 2 * TILE)
+                unpack_run(to, to + TILE, from, scale[b], codes);
+    }
+    for (int64_t r = rows; r < Q4_ROWS; r++)
+        for (int64_t i = 0; i < tiles; i++) memset(panel + ((r / 16) * tiles + i) * TILE + (r % 16) * 32, 0, 64);
+}
+
+static void quant4_panel_tiles(const quant4_args *g, const quant4_matrix *m, int64_t n0, bf16 *panel) {
+    int64_t tiles = g->k / 32, a_step = TILE, a_row = 32;
+    const bf16 *a0 = panel, *a1 = panel + tiles * TILE;
+    if (m->absmax) unpack_panel(m, g->k, n0, panel);
+    else if (n0 + Q4_ROWS <= m->n) {
+        a0 = (const bf16 *)m->packed + n0 * g->k;
+        a1 = a0 + 16 * g->k;
+        a_step = 32;
+        a_row = g->k;
+    } else {
+        memset(panel, 0, Q4_ROWS * g->k * sizeof *panel);
+        memcpy(panel, (const bf16 *)m->packed + n0 * g->k, (m->n - n0) * g->k * sizeof *panel);
+        a1 = panel + 16 * g->k;
+        a_step = 32;
+        a_row = g->k;
+    }
+    float sums[4][256] __attribute__((aligned(64)));
+    for (int64_t t0 = 0; t0 < g->tokens; t0 += 32) {
+        int wide = g->tokens - t0 > 16;
+        const bf16 *x = g->x_packed + t0 * g->k;
+        if (wide) multiply_tiles(a0, a1, a_step, a_row, x, tiles, 1, sums);
+        else multiply_tiles(a0, a1, a_step, a_row, x, tiles, 0, sums);
+        for (int i = 0; i < (wide ? 4 : 2); i++) store_tile(m, g->tokens, sums[i], n0 + i % 2 * 16, t0 + i / 2 * 16);
+    }
+}
+
+static void quant4_tiles(const quant4_args *g) {
+    int64_t token_tiles = blocks_of(g->tokens, 16), runs = g->k / Q4_RUN;
+    int plain = !g->matrices->absmax;
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shape.bytes[i] = 64;
+        shape.rows[i] = 16;
+    }
+#pragma omp parallel num_threads(g->threads)
+    {
+        bf16 *panel = g->panels + omp_get_thread_num() * Q4_ROWS * g->k;
+        _tile_loadconfig(&shape);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < token_tiles * runs; i++) {
+            int64_t tile = i / runs, run = i % runs;
+            bf16 *to = g->x_packed + tile * 16 * g->k + run * 2 * TILE;
+            const bf16 *from = g->x + tile * 16 * g->x_stride + run * Q4_RUN;
+            if (plain) pack_plain(to, to + TILE, from, g->x_stride, g->tokens - tile * 16);
+            else pack_tiles(to, to + TILE, from, g->x_stride, g->tokens - tile * 16);
+        }
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t p = 0; p < g->panel_count; p++) {
+            int64_t own = p;
+            const quant4_matrix *m = find_matrix(g, &own);
+            quant4_panel_tiles(g, m, own * Q4_ROWS, panel);
+        }
+        _tile_release(); /* others on this thread configure their own */
+    }
+}
+#else
+EXPORT int mh_amx(void) { return 0; }
+#endif

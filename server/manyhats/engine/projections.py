@@ -1,0 +1,140 @@
+"""Linear layers that read the same input (q, k and v; gate and up), computed together.
+
+The first of them to be called multiplies for all, base and adapters alike; the others hand out what
+is there. So a step makes one native call where it would make three, and x is prepared once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from manyhats.engine.hooks import Hook
+from manyhats.engine.layers import AdaptedLayer
+from manyhats.engine.model.fourbit import FourBitLinear
+from manyhats.engine.model.inputs import SharedInputs
+from manyhats.engine.pool import PoolGroup
+from manyhats.engine.step import StepState
+from manyhats_kernels import Backend
+from manyhats_kernels.fourbit import FourBitWeight
+from manyhats_kernels.groups import DenseWeight, GroupedMatmul, MatrixGroup
+
+
+class Projections:
+    """One group. ``layers``: the members' forwards until now, plain or adapted."""
+
+    __slots__ = ("_adapted", "_base", "_bits", "_matmul", "_matrices", "_outs", "_pools", "_x")
+
+    def __init__(
+        self, layers: Sequence[Any], backend: Backend, matrices: MatrixGroup | None
+    ) -> None:
+        self._adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
+        self._base = [layer.base if isinstance(layer, AdaptedLayer) else layer for layer in layers]
+        self._bits = sum(layer.bit for layer in self._adapted)
+        self._matmul = backend if isinstance(backend, GroupedMatmul) else None
+        self._matrices = matrices
+        self._pools = (
+            PoolGroup([layer.pool for layer in self._adapted], backend) if self._adapted else None
+        )
+        self._x: torch.Tensor | None = None
+        self._outs: list[torch.Tensor | None] = []
+
+    def take(self, x: torch.Tensor, index: int, state: StepState) -> torch.Tensor:
+        """The output of member ``index`` for x: [..., in] -> [..., out]."""
+        if x is not self._x or self._outs[index] is None:
+            self._outs = list(self._compute(x, state))
+            self._x = x
+        out = self._outs[index]
+        if out is None:
+            raise RuntimeError("a group of projections gave no output")
+        self._outs[index] = None
+        if index == len(self._outs) - 1:
+            self._x = None
+        return out
+
+    def _compute(self, x: torch.Tensor, state: StepState) -> list[torch.Tensor]:
+        if not state.active_sites & self._bits or self._pools is None:
+            return self._plain(x)
+        if self._pools.must_run_alone(state):
+            return [layer(x) for layer in self._adapted]
+        ys = self._plain(x)
+        self._pools.apply(x, ys, state)
+        return ys
+
+    def _plain(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if self._matmul is None or self._matrices is None:
+            return [base(x) for base in self._base]
+        flat = x.reshape(-1, x.shape[-1])
+        ys = self._matmul.matmul_group(flat, self._matrices)
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+class Projection(Hook):
+    """The forward of one member of a group."""
+
+    __slots__ = ("_group", "_index")
+
+    def __init__(self, module: nn.Module, group: Projections, index: int, state: StepState) -> None:
+        super().__init__(module, 0, state)
+        self._group = group
+        self._index = index
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] -> [..., out]."""
+        return self._group.take(x, self._index, self.state)
+
+
+def install_projections(
+    modules: Mapping[str, nn.Module], shared: SharedInputs, backend: Backend, state: StepState
+) -> None:
+    """Puts the groups in place of their members' forwards, after ``layers.install`` if at all."""
+    for names in shared:
+        members = [modules[name] for name in names]
+        layers: list[Any] = [module.forward for module in members]
+        matrices = _matrices(members, layers, backend)
+        if len(members) == 1 and matrices is None:
+            continue
+        group = Projections(layers, backend, matrices)
+        for index, module in enumerate(members):
+            module.forward = Projection(module, group, index, state)
+
+
+def _matrices(
+    members: Sequence[nn.Module], layers: Sequence[Any], backend: Backend
+) -> MatrixGroup | None:
+    """What the backend multiplies in one call, None where it does not take these weights."""
+    if not isinstance(backend, GroupedMatmul):
+        return None
+    weights: list[FourBitWeight | DenseWeight] = []
+    biases: list[torch.Tensor | None] = []
+    for module, layer in zip(members, layers, strict=True):
+        base = layer.base if isinstance(layer, AdaptedLayer) else layer
+        if isinstance(base, FourBitLinear):
+            weights.append(base.weight)
+            biases.append(base.bias)
+        elif (
+            type(module) is nn.Linear
+            and module.weight.dtype == torch.bfloat16
+            and module.weight.is_contiguous()
+        ):
+            weights.append(DenseWeight(module.weight.data))
+            biases.append(module.bias.data if module.bias is not None else None)
+        else:
+            return None
+    wanted = all(backend.takes(weight) for weight in weights)
+    kinds = {type(weight) for weight in weights}
+    dtypes = {bias.dtype for bias in biases if bias is not None} | {_dtype(members[0], layers[0])}
+    if not wanted or len(kinds) != 1 or dtypes != {torch.bfloat16}:
+        return None
+    return MatrixGroup(weights, biases)
+
+
+def _dtype(module: nn.Module, layer: Any) -> torch.dtype:
+    base = layer.base if isinstance(layer, AdaptedLayer) else layer
+    if isinstance(base, FourBitLinear):
+        return base.dtype
+    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
+    return dtype

@@ -1,0 +1,13 @@
+"""What the engine's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home for engines that keep nothing but the compiled kernels in it: compiled once."""
+    return tmp_path_factory.getbasetemp() / "home"

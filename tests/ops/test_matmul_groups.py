@@ -1,0 +1,133 @@
+"""The CPU's products with 4-bit and bf16 weights: bitsandbytes' dequantize is the oracle."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from manyhats_kernels import reference_4bit, resolve
+from manyhats_kernels.fourbit import FourBitWeight
+from manyhats_kernels.groups import DenseWeight, MatrixGroup
+from manyhats_kernels.native.backend import DOTS_ROWS
+
+SHAPES = [(32, 64), (1, 64), (40, 128), (97, 192), (576, 192), (64, 1536)]
+TOKENS = [1, 3, 4, 15, 16, 17, 32, 33, 49, DOTS_ROWS + 6]
+
+
+@pytest.fixture(scope="module", params=["amx", "dots"])
+def native(request, native_cache):
+    """The backend with AMX tiles and, as on a machine that has none, without."""
+    backend = resolve("native", device=torch.device("cpu"), cache_dir=native_cache).backend
+    if request.param == "dots":
+        backend._amx = 0
+    elif not backend._amx:
+        pytest.skip("this machine has no AMX")
+    return backend
+
+
+def quantized(n, k, kind="nf4", blocksize=64):
+    generator = torch.Generator().manual_seed(n * k)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator) * 3
+    packed, state = quantize_4bit(weight.bfloat16(), quant_type=kind, blocksize=blocksize)
+    made = FourBitWeight(packed, (n, k), state.blocksize, state.code, state.absmax)
+    return made, dequantize_4bit(packed, state)
+
+
+def signed(tokens, k, margin=0):
+    """Tokens by k out of a wider tensor whose margin is NaN."""
+    wide = torch.full((tokens, k + margin), torch.nan, dtype=torch.bfloat16)
+    wide[:, :k] = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    return wide[:, :k]
+
+
+def assert_rounded(y, x, weight, bias=None):
+    """One rounding to bf16 off the sums of double precision, at most."""
+    exact = x.double() @ weight.double().T
+    scale = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact = exact + bias.double()
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + scale * 2**-20).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_dequantize_gives_bitsandbytes_bits(native, kind, n, k):
+    weight, expected = quantized(n, k, kind)
+    assert torch.equal(native.dequantize_4bit(weight, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_4bit_product(native, n, k, tokens):
+    weight, dense = quantized(n, k, blocksize=64 if k % 128 else 128)
+    x = signed(tokens, k, margin=7)
+    bias = torch.linspace(-3, 3, n).bfloat16()
+    assert_rounded(native.matmul_4bit(x, weight, bias), x, dense, bias)
+    assert_rounded(native.matmul_4bit(x, weight), x, dense)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 18, 40])
+def test_a_group_is_each_of_its_products(native, tokens):
+    made = [quantized(n, 192) for n in (97, 32, 64)]
+    biases = [None, torch.randn(32).bfloat16(), None]
+    x = signed(tokens, 192)
+    group = MatrixGroup([weight for weight, _ in made], biases)
+    ys = native.matmul_group(x, group)
+    for y, (weight, dense), bias in zip(ys, made, biases, strict=True):
+        assert torch.equal(y, native.matmul_4bit(x, weight, bias))
+        assert_rounded(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_bf16_group(native, tokens):
+    weights = [signed(n, 192).contiguous() for n in (64, 97, 1)]
+    dense = [DenseWeight(weight) for weight in weights]
+    if not native._amx:
+        assert not native.takes(dense[0])
+        return
+    x = signed(tokens, 192, margin=3)
+    bias = torch.randn(97).bfloat16()
+    ys = native.matmul_group(x, MatrixGroup(dense, [None, bias, None]))
+    for y, weight, own in zip(ys, weights, [None, bias, None], strict=True):
+        assert_rounded(y, x, weight, own)
+
+
+def test_who_shares_the_batch_changes_no_bit(native):
+    """Up to the sixteen tokens of a tile; the sums of a token run over k in one order."""
+    weight, _ = quantized(97, 192)
+    x = signed(45, 192)
+    together = native.matmul_4bit(x, weight)
+    for token in (0, 15, 16, 44):
+        assert torch.equal(native.matmul_4bit(x[token : token + 1], weight)[0], together[token])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_are_multiplied_as_they_are(native, dtype):
+    weight, _ = quantized(40, 128)
+    x = signed(5, 128).to(dtype)
+    y = native.matmul_4bit(x, weight)
+    assert y.dtype == dtype
+    exact = x.double() @ native.dequantize_4bit(weight, dtype).double().T
+    assert torch.allclose(y.double(), exact, rtol=2e-3, atol=2e-2)
+
+
+def test_ragged_rows_are_dequantized(native):
+    """A run of 64 that two rows share is not for the C code (nor right in bitsandbytes' own)."""
+    weight, _ = quantized(6, 96)
+    dense = reference_4bit.dequantize_4bit(weight, torch.bfloat16)
+    assert not native.takes(weight)
+    x = signed(5, 96)
+    assert_rounded(native.matmul_4bit(x, weight), x, dense)
+
+
+def test_what_does_not_fit_is_refused(native):
+    weight, _ = quantized(40, 128)
+    group = MatrixGroup([weight], [None])
+    for x in (signed(3, 64), signed(3, 128).float()):
+        with pytest.raises(ValueError, match="x must be"):
+            native.matmul_group(x, group)
+    with pytest.raises(ValueError, match="one kind and of one input size"):
+        MatrixGroup([weight, quantized(40, 64)[0]], [None, None])
+    with pytest.raises(ValueError, match="bias must be"):
+        MatrixGroup([weight], [torch.zeros(39).bfloat16()])
+    with pytest.raises(ValueError, match="contiguous bf16"):
+        DenseWeight(torch.zeros(4, 4))
