@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import tempfile
 import warnings
@@ -118,12 +119,14 @@ class Good:
     tensors: dict[str, torch.Tensor]
     spec: BaseSpec
     weights: LoadedWeights
+    model: Any = None
 
     def attempt(
         self,
         changes: Mapping[str, Any] | None = None,
         tensors: Mapping[str, torch.Tensor] | None = None,
         limits: AdapterLimits = LIMITS,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> CompiledAdapter:
         """Compile a changed copy."""
         found = self.tensors if tensors is None else tensors
@@ -131,10 +134,15 @@ class Good:
             json.dumps(self.config | dict(changes or {})).encode(),
             save({name: tensor.contiguous() for name, tensor in found.items()}),
             limits,
+            dtype,
         )
 
     def compile(
-        self, config: bytes, weights: bytes, limits: AdapterLimits = LIMITS
+        self,
+        config: bytes,
+        weights: bytes,
+        limits: AdapterLimits = LIMITS,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> CompiledAdapter:
         """As the server does with two files."""
         return compile_adapter(
@@ -142,8 +150,8 @@ class Good:
             parse_weights(weights, limits),
             self.spec,
             limits,
-            digest=Digest("d" * 64),
-            dtype=torch.bfloat16,
+            digest=Digest(hashlib.sha256(config + weights).hexdigest()),
+            dtype=dtype,
             base_weights=self.weights,
         )
 
@@ -181,7 +189,7 @@ def good_adapters() -> Mapping[str, Good]:
             adapted.save_pretrained(folder)
             text = (Path(folder) / "adapter_config.json").read_text()
             tensors = load_file(Path(folder) / "adapter_model.safetensors")
-        found[name] = Good(json.loads(text), tensors, spec, weights)
+        found[name] = Good(json.loads(text), tensors, spec, weights, model)
     biases = {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}
     found["bitfit"] = Good({"peft_type": "BITFIT"}, biases, spec, weights)
     return found

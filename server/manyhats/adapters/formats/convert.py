@@ -73,8 +73,8 @@ def put_triplets(
     def compute() -> dict[str, torch.Tensor]:
         try:
             a, b, error = triplets()
-        except RuntimeError as error:  # torch.linalg.LinAlgError, which is not exported
-            if type(error).__name__ != "_LinAlgError":
+        except RuntimeError as failure:  # torch.linalg.LinAlgError, which is not exported
+            if type(failure).__name__ != "_LinAlgError":
                 raise
             raise AdapterRejectedError(
                 "non_finite", f"{source}: the weight change has no singular values in fp32"
