@@ -105,12 +105,12 @@ def test_plain_weights_are_logical_copies(name):
 
 def test_norm_offsets_embedding_scales_and_ties_are_seen():
     gemma = describe_plain(tiny_model("gemma3")).sites
-    assert gemma["model.norm"].norm.offset == 1.0
-    assert gemma["model.layers.0.self_attn.q_norm"].norm.offset == 1.0
+    assert gemma["model.norm"].offset == 1.0
+    assert gemma["model.layers.0.self_attn.q_norm"].offset == 1.0
     assert gemma["model.embed_tokens"].scale == pytest.approx(48**0.5)
     assert describe_plain(tiny_model("gpt2")).sites["lm_head"].tied_to == "transformer.wte"
     for name, norm in (("llama", "model.norm"), ("gpt2", "transformer.ln_f")):
-        assert describe_plain(tiny_model(name)).sites[norm].norm.offset == 0.0
+        assert describe_plain(tiny_model(name)).sites[norm].offset == 0.0
     llama = describe_plain(tiny_model("llama")).sites
     assert (llama["model.embed_tokens"].scale, llama["lm_head"].tied_to) == (1.0, None)
     attention = llama["model.layers.1.self_attn"]

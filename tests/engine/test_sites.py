@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.engine import base_of
@@ -38,7 +40,7 @@ def sites_of(base, kind: SiteKind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_what_is_found(name, dtype):
-    base = base_of(tiny_model(name).to(dtype), tiny_tokenizer())
+    base = base_of(copy.deepcopy(tiny_model(name)).to(dtype), tiny_tokenizer())
     layers = base.spec.num_layers
     residual = [site.name for site in sites_of(base, SiteKind.RESIDUAL)]
     prefix = "transformer.h" if name == "gpt2" else "model.layers"
@@ -51,9 +53,9 @@ def test_what_is_found(name, dtype):
     ] * layers
     kv_heads = 6 if name == "gpt2" else 2
     assert {(s.in_features, s.out_features) for s in attention} == {(kv_heads, HEADS.get(name, 8))}
-    kinds = {s.norm for s in sites_of(base, SiteKind.NORM)}
+    kinds = {(s.norm, s.offset) for s in sites_of(base, SiteKind.NORM)}
     eps = {"gpt2": 1e-5, "phi3": 1e-5}.get(name, 1e-6)
-    assert kinds == {NormKind(eps, name == "gpt2", float(name == "gemma3"))}
+    assert kinds == {(NormKind(eps, name == "gpt2"), float(name == "gemma3"))}
     for site in sites_of(base, SiteKind.EMBEDDING):
         expected = torch.tensor(48**0.5 if name == "gemma3" else 1.0).to(dtype)
         assert site.scale == float(expected)
@@ -90,4 +92,12 @@ class _Odd(nn.Module):
 
 
 def test_a_norm_of_no_known_kind_is_none():
-    assert norm_kind(_Odd()) is None
+    assert norm_kind(_Odd()) == (None, 0.0)
+
+
+def test_a_head_names_the_embedding_that_it_shares_its_weight_with():
+    for name, tied in (("llama", None), ("gpt2", "transformer.wte")):
+        (head,) = sites_of(
+            base_of(copy.deepcopy(tiny_model(name)), tiny_tokenizer()), SiteKind.HEAD
+        )
+        assert head.tied_to == tied

@@ -196,12 +196,13 @@ def _norm(module: Any, parts: SiteParts, x: torch.Tensor) -> torch.Tensor:
 
 
 def _embedding(module: Any, parts: SiteParts, ids: torch.Tensor) -> torch.Tensor:
-    weight = module.weight.clone() if parts.dense is None else parts.dense
+    scale = float(getattr(module, "embed_scale", 1.0))
+    weight = module.weight * scale if parts.dense is None else parts.dense
     if parts.rows is not None:
         weight[parts.rows.token_ids] = parts.rows.vectors
     if parts.low_rank is not None:
         weight = weight + parts.low_rank.a.T @ parts.low_rank.b
-    y = functional.embedding(ids, weight) * float(getattr(module, "embed_scale", 1.0))
+    y = functional.embedding(ids, weight)
     if parts.soft_prompt is not None:
         y[:, : len(parts.soft_prompt)] = parts.soft_prompt
     return y

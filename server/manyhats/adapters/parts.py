@@ -29,12 +29,11 @@ class SiteKind(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class NormKind:
     """How a norm of the base works: y = (x - mean, where ``centered``) / sqrt(mean square + eps),
-    times weight + ``offset`` (1 in Gemma, 0 elsewhere), plus its bias.
+    times weight + ``SiteSpec.offset``, plus its bias.
     """
 
     eps: float
     centered: bool
-    offset: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +44,12 @@ class SiteSpec:
     the weight is stored; ``transposed`` is true for GPT-2's Conv1D. For attention they are the
     number of kv heads and the head's size, for a norm, an embedding's output and a residual site
     the features of the stream. ``bias`` is the base's own bias in fp32 on the CPU, [out], or None
-    where it has none. ``norm`` is set for norms. ``scale`` is what an embedding multiplies its rows
-    by (Gemma: the square root of the features). ``tied_to`` is the embedding whose weight the head
-    shares, if it does.
+    where it has none.
+
+    ``offset`` is what a norm adds to its weight (Gemma: 1), ``norm`` the rest of what it does (None
+    where that is of no known kind: such a norm takes no gain). ``scale`` is what an embedding
+    multiplies its rows by (Gemma: the square root of the width), ``tied_to`` the embedding whose
+    weight a head shares.
     """
 
     name: str
@@ -56,9 +58,10 @@ class SiteSpec:
     out_features: int
     transposed: bool = False
     bias: torch.Tensor | None = None
-    norm: NormKind | None = None
+    offset: float = 0.0
     scale: float = 1.0
     tied_to: str | None = None
+    norm: NormKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +176,10 @@ class SiteParts:
     - linear and head: y = ``output_scale`` * (W (``input_scale`` * x) + base's bias + ``low_rank``
       of the scaled x) + ``bias``; ``dense``, [out, in], stands in for W. Rows of a head replace
       rows of W.
-    - embedding: y = s (W[id] + ``low_rank`` of id), A's columns being ids, with ``rows`` or
-      ``dense`` ([ids, hidden]) instead of W and s the base's own scale (``SiteSpec.scale``);
-      ``soft_prompt``, [tokens, hidden], are the vectors of the adapter's virtual tokens, taken as
-      they are.
+    - embedding: y = W[id], ``rows`` or ``dense`` ([ids, hidden]) instead of W, plus ``low_rank``
+      with A's columns being ids; ``soft_prompt``, [tokens, hidden], are the vectors of the
+      adapter's virtual tokens, taken as they are. y is what the module puts out: a base that scales
+      its embeddings has every part scaled already.
     - norm: y = ``gain`` * normalized x + base's bias + ``bias``; ``gain`` replaces the weight and
       is what x is multiplied by (a base that multiplies by 1 + weight has it added already).
     - residual: the ``bottlenecks`` one after the other, o standing for what the one before left of

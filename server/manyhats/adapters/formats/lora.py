@@ -99,7 +99,7 @@ def _build(job: Job, targets: list[_Target], builder: Builder) -> None:
     for target in targets:
         a = job.tensor(target.a)
         # scaled in fp32, before the one rounding to the parts' dtype
-        b = job.tensor(target.b).t() * target.scaling
+        b = job.tensor(target.b).t() * (target.scaling * target.site.scale)
         if target.magnitude is not None:
             _magnitude(job, target, target.magnitude, a, b, builder)
         if target.inner_bias is not None:

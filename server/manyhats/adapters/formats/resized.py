@@ -41,7 +41,7 @@ def _build(job: Job, found: dict[str, SiteSpec], builder: Builder) -> None:
         own = job.base_weight(site)
         if torch.equal(weight.to(job.dtype), own.to(job.dtype)):
             continue
-        builder.dense(site, weight, name)
+        builder.dense(site, weight * site.scale, name)
         for head in job.base.sites.values():
             if head.tied_to == site.name:
                 builder.dense(head, weight, name)

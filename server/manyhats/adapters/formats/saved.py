@@ -110,8 +110,10 @@ def _offset(site: SiteSpec) -> float:
         raise AdapterRejectedError(
             "unsupported_site", f"{site.name} is a normalization of a kind that is not known here"
         )
-    return site.norm.offset
+    return site.offset
 
 
 def _logical(site: SiteSpec, weight: torch.Tensor) -> torch.Tensor:
+    if site.kind is SiteKind.EMBEDDING:
+        return weight * site.scale
     return weight.t() if site.transposed else weight

@@ -150,7 +150,7 @@ def _build(
     for name, (site, ids) in wanted.items():
         ascending, order = torch.sort(ids)
         vectors = job.tensor(name)[order]
-        builder.rows(site, ascending, vectors, name)
+        builder.rows(site, ascending, vectors * site.scale, name)
         for head in job.base.sites.values():
             if head.tied_to == site.name:
                 builder.rows(head, ascending, vectors, name)

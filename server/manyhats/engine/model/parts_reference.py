@@ -88,7 +88,7 @@ class PartsReference:
                 if site.kind is SiteKind.NORM:
                     stack.enter_context(_with_gain(site, module, parts))
                 elif site.kind is SiteKind.EMBEDDING:
-                    hook = partial(_embedding, site, parts)
+                    hook = partial(_embedding, parts)
                     stack.callback(module.register_forward_hook(hook).remove)
                 elif site.kind in (SiteKind.LINEAR, SiteKind.HEAD):
                     stack.enter_context(_linear_hooks(site, module, parts))
@@ -99,9 +99,7 @@ class PartsReference:
 def _with_gain(site: SiteSpec, module: Any, parts: SiteParts) -> Iterator[None]:
     own = module.weight.data
     if parts.gain is not None:
-        if site.norm is None:
-            raise ValueError(f"{site.name}: a gain of a norm of unknown kind")
-        module.weight.data = (parts.gain.float() - site.norm.offset).to(own)
+        module.weight.data = (parts.gain.float() - site.offset).to(own)
     bias = parts.bias
     hook = module.register_forward_hook(lambda _m, _x, y: y if bias is None else y + bias.to(y))
     try:
@@ -145,7 +143,6 @@ def _linear(
 
 
 def _embedding(
-    site: SiteSpec,
     parts: SiteParts,
     _module: nn.Module,
     args: tuple[torch.Tensor],
@@ -153,11 +150,11 @@ def _embedding(
 ) -> torch.Tensor:
     ids = args[0]
     if parts.dense is not None:
-        y = parts.dense[ids].to(y) * site.scale
+        y = parts.dense[ids].to(y)
     if parts.rows is not None:
         y = y.clone()
         for token_id, vector in zip(parts.rows.token_ids, parts.rows.vectors, strict=True):
-            y[ids == token_id] = vector.to(y) * site.scale
+            y[ids == token_id] = vector.to(y)
     if parts.low_rank is not None:
-        y = y + parts.low_rank.a.t()[ids].to(y) @ parts.low_rank.b.to(y) * site.scale
+        y = y + parts.low_rank.a.t()[ids].to(y) @ parts.low_rank.b.to(y)
     return y

@@ -32,7 +32,6 @@ def describe(
     head = model.get_output_embeddings()
     attention = {id(module): shape for module, shape in layers}
     sites: dict[str, SiteSpec] = {}
-    weights: dict[int, str] = {}  # of the embeddings, which the head may share
     for name, module in model.named_modules():
         shape = attention.get(id(module))
         if shape is not None:
@@ -43,11 +42,8 @@ def describe(
             site = _site(name, module, is_head=module is head)
         if site is not None:
             sites[name] = site
-            if site.kind is SiteKind.EMBEDDING and head is not None:
-                weights[id(module.weight)] = name
-    for name, site in sites.items():
-        if site.kind is SiteKind.HEAD and head is not None:
-            sites[name] = replace(site, tied_to=weights.get(id(head.weight)))
+        if module is head:
+            sites[name] = replace(sites[name], tied_to=_shared_with(head, model))
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     for name in blocks or ():
@@ -65,6 +61,12 @@ def site_modules(model: PreTrainedModel, spec: BaseSpec) -> Mapping[str, nn.Modu
     }
 
 
+def _shared_with(head: Any, model: PreTrainedModel) -> str | None:
+    """The embedding whose weight the head has, if any."""
+    embeddings = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    return next((name for name, module in embeddings if module.weight is head.weight), None)
+
+
 def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
     bias = getattr(module, "bias", None)
     bias = bias.detach().float().cpu().clone() if isinstance(bias, torch.Tensor) else None
@@ -80,7 +82,8 @@ def _site(name: str, module: Any, *, is_head: bool) -> SiteSpec | None:
         getattr(module, "weight", None), torch.Tensor
     ):
         size = int(module.weight.numel())
-        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, norm_kind(module))
+        norm, offset = norm_kind(module)
+        return SiteSpec(name, SiteKind.NORM, size, size, False, bias, offset=offset, norm=norm)
     return None
 
 

@@ -17,7 +17,7 @@ _SERVED = frozenset({"low_rank", "dense", "rows", "soft_prompt"})
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """One slot's parts, the base's scale multiplied in. ``a``: [ids, rank]; ``ids`` ascending."""
+    """One slot's parts. ``a``: [ids, rank]; ``ids`` ascending."""
 
     dense: torch.Tensor | None
     ids: torch.Tensor | None
@@ -63,15 +63,17 @@ class EmbeddingSite:
         place, low_rank, rows = self._config.place, parts.low_rank, parts.rows
         soft = parts.soft_prompt
         self._own[slot] = _Own(
-            dense=self._scaled(parts.dense, (ids, hidden), "dense"),
+            dense=place(parts.dense, (ids, hidden), f"dense of {name}")
+            if parts.dense is not None
+            else None,
             ids=rows.token_ids.to(self._config.device) if rows is not None else None,
-            vectors=self._scaled(rows.vectors, (len(rows.token_ids), hidden), "rows")
+            vectors=place(rows.vectors, (len(rows.token_ids), hidden), f"rows of {name}")
             if rows is not None
             else None,
             a=place(low_rank.a.T, (ids, low_rank.rank), f"low_rank.a of {name}")
             if low_rank is not None
             else None,
-            b=self._scaled(low_rank.b, (low_rank.rank, hidden), "low_rank.b")
+            b=place(low_rank.b, (low_rank.rank, hidden), f"low_rank.b of {name}")
             if low_rank is not None
             else None,
             soft_prompt=place(soft, (len(soft), hidden), f"soft_prompt of {name}")
@@ -95,14 +97,6 @@ class EmbeddingSite:
             own = self._own.get(slot)
             if own is not None and own.soft_prompt is not None:
                 y[begin:end] = own.soft_prompt[position : position + end - begin]
-
-    def _scaled(
-        self, tensor: torch.Tensor | None, shape: tuple[int, ...], what: str
-    ) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        placed = self._config.place(tensor, shape, f"{what} of {self.spec.name}")
-        return placed if self.spec.scale == 1.0 else placed * self.spec.scale
 
 
 def _look_up(own: _Own, ids: torch.Tensor, tokens: torch.Tensor, y: torch.Tensor) -> None:
