@@ -78,14 +78,7 @@ def build_engine(
             observer=observer,
         )
     install_projections(modules, base.shared, kernels.backend, state)
-    scheduler = Scheduler(
-        blocks,
-        residency or NoAdapters(),
-        max_num_seqs=settings.max_num_seqs,
-        max_step_tokens=settings.max_step_tokens,
-        max_queue=settings.max_queue,
-        max_context=base.context_len,
-    )
+    scheduler = _scheduler(settings, base, blocks, residency or NoAdapters())
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
         scheduler=scheduler,
@@ -109,6 +102,22 @@ def build_engine(
     )
     client = AsyncEngine(loop, postbox, _model_info(settings, base, kernels), base.tokenizer)
     return Engine(base, loop, client, residency, grammars, kernels)
+
+
+def _scheduler(
+    settings: Settings,
+    base: BaseModel,
+    blocks: BlockManager,
+    residency: AdapterResidency | NoAdapters,
+) -> Scheduler:
+    return Scheduler(
+        blocks,
+        residency,
+        max_num_seqs=settings.max_num_seqs,
+        max_step_tokens=settings.max_step_tokens,
+        max_queue=settings.max_queue,
+        max_context=base.context_len,
+    )
 
 
 def _allocate_cache(
