@@ -20,6 +20,8 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from manyhats.adapters.base_weights import BaseWeights
+from manyhats.adapters.derived import DerivedFile
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
@@ -33,6 +35,8 @@ from manyhats.config import Settings
 from manyhats.engine.build import Engine, build_engine
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
+from manyhats.engine.model.spec import site_modules
+from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.residency import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.registry import Registry
@@ -71,7 +75,8 @@ def build(settings: Settings) -> Application:
     folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
     store = AdapterStore(folder / "adapters")
     registry = Registry(folder / "registry.sqlite", max_versions=settings.max_adapters)
-    compile_folder = partial(_compile_folder, settings=settings, base=base)
+    weights = LoadedWeights(site_modules(base.module, base.spec))
+    compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters)
     engine = build_engine(
         settings,
@@ -157,11 +162,31 @@ def register_roots(application: Application) -> None:
                 logger.error("%s is not registered: %s", folder, error.message)
 
 
-def _compile_folder(folder: Path, *, settings: Settings, base: BaseModel) -> CompiledAdapter:
-    limits = AdapterLimits(max_rank=settings.max_rank, max_bytes=settings.max_adapter_mb << 20)
+def _compile_folder(
+    folder: Path, *, settings: Settings, base: BaseModel, base_weights: BaseWeights
+) -> CompiledAdapter:
+    limits = AdapterLimits(
+        max_rank=settings.max_rank,
+        max_bytes=settings.max_adapter_mb << 20,
+        max_virtual_tokens=settings.max_virtual_tokens,
+        max_dense_bytes=settings.max_dense_mb << 20,
+        max_conversion_error=settings.max_conversion_error,
+    )
     config = read_config_file(folder / "adapter_config.json", limits)
     weights = read_weights(folder / "adapter_model.safetensors", limits)
-    return compile_adapter(config, weights, base.spec, limits, digest=_UNNAMED, dtype=base.dtype)
+    derived = DerivedFile(folder, base.spec.digest, limits)
+    compiled = compile_adapter(
+        config,
+        weights,
+        base.spec,
+        limits,
+        digest=_UNNAMED,
+        dtype=base.dtype,
+        base_weights=base_weights,
+        derived=derived,
+    )
+    derived.save()
+    return compiled
 
 
 @asynccontextmanager

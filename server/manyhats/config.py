@@ -129,6 +129,18 @@ class Settings(BaseSettings):
     )
     host_cache_mb: int = Field(default=1024, ge=1, description="Host tier for adapters, MiB.")
     max_adapter_mb: int = Field(default=512, ge=1, description="Largest adapter accepted, MiB.")
+    max_virtual_tokens: int = Field(
+        default=512, ge=0, le=65536, description="Virtual tokens of a prompt or prefix adapter."
+    )
+    max_dense_mb: int = Field(
+        default=256, ge=0, description="Weights that one adapter replaces whole, MiB."
+    )
+    max_conversion_error: float = Field(
+        default=1e-3,
+        ge=0,
+        le=1,
+        description="Relative error up to which a weight change is approximated by a low-rank one.",
+    )
     max_adapters: int = Field(default=10_000, ge=1, description="Registered adapters.")
 
     adapter_layers: bool = Field(

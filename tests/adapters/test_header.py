@@ -179,12 +179,19 @@ def test_other_dtypes_are_refused_by_name(dtype):
     assert dtype[:50] in error.message
 
 
-@pytest.mark.parametrize("shape", [[], [0], [0, 3], [2, 0], [1, 2, 3], [2, 1, 1, 3]], ids=str)
-def test_shapes_other_than_vectors_and_matrices_are_refused(shape):
+@pytest.mark.parametrize("shape", [[], [1, 2, 3, 1], [0, 1, 1, 3]], ids=str)
+def test_shapes_of_no_or_over_three_dimensions_are_refused(shape):
     size = 4 * math.prod(shape)
     assert (
         refused(build({"a": entry(0, size, shape=shape)}, b"\0" * size)).reason == "shape_mismatch"
     )
+
+
+@pytest.mark.parametrize("shape", [[0], [0, 3], [2, 0], [1, 2, 3]], ids=str)
+def test_tensors_without_values_and_of_three_dimensions_are_read(shape):
+    size = 4 * math.prod(shape)
+    weights = parse_weights(build({"a": entry(0, size, shape=shape)}, b"\0" * size), LIMITS)
+    assert torch.equal(weights.load("a"), torch.zeros(shape))
 
 
 def test_more_tensors_or_bytes_than_the_bound_are_refused():

@@ -40,9 +40,17 @@ _MAX_CONFIG_DEPTH: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
-    """Bounds of what is accepted; sizes in bytes. The defaults are those of the settings."""
+    """Bounds of what is accepted; sizes in bytes. The defaults are those of the settings.
+
+    ``max_dense_bytes``: of all replaced weights of an adapter in the parts' dtype;
+    ``max_conversion_error``: of a weight change that is approximated by a low-rank product, the
+    Frobenius norm of what is left out over that of the whole.
+    """
 
     max_rank: int = 64
+    max_virtual_tokens: int = 512
+    max_dense_bytes: int = 256 * 2**20
+    max_conversion_error: float = 1e-3
     max_bytes: int = 512 * 2**20
     max_tensors: int = 20_000
     max_config_bytes: int = 2**20
@@ -93,6 +101,8 @@ class WeightsFile:
         info = self.tensors.get(name)
         if info is None:
             raise AdapterRejectedError("missing_tensors", f"the file has no tensor {shown(name)}")
+        if info.begin == info.end:
+            return torch.empty(info.shape, dtype=info.dtype)
         buffer: bytearray | memoryview = memoryview(self._data)[info.begin : info.end]
         if info.begin % info.dtype.itemsize:
             # the format does not promise the alignment that torch's loads want
@@ -104,7 +114,9 @@ class WeightsFile:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value of a non-empty float tensor is NaN or infinite, in one pass."""
+    """Whether no value of a float tensor is NaN or infinite, in one pass."""
+    if tensor.numel() == 0:
+        return True
     low, high = torch.aminmax(tensor)  # both are NaN where any value is
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

@@ -3,7 +3,7 @@
 Layout (https://github.com/huggingface/safetensors#format): 8 bytes, little endian, length N of the
 header; N bytes of JSON ``{name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str:
 str}}``; then the tensors' bytes, to which the offsets refer. We take a subset: three float dtypes,
-one or two dimensions, none of them empty.
+one to three dimensions. One of them may be 0: AdaLoRA prunes whole modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 _PREFIX_BYTES: Final = 8
 _MAX_NAME: Final = 512
-_MAX_DIMENSIONS: Final = 2
+_MAX_DIMENSIONS: Final = 3
 _MAX_DEPTH: Final = 4  # header, entry, list
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 _METADATA: Final = "__metadata__"
@@ -62,7 +62,7 @@ def parse_header(data: bytes | bytearray, *, max_header_bytes: int, max_tensors:
     Raises:
         AdapterRejectedError: ``pickle_refused`` (a pickle or a zip archive), ``bad_header``,
             ``too_large`` (more tensors than ``max_tensors``), ``unsupported_dtype``,
-            ``shape_mismatch`` (no or over two dimensions, or an empty one).
+            ``shape_mismatch`` (no or over three dimensions).
     """
     try:
         raw, start = _raw_header(data, max_header_bytes)
@@ -125,11 +125,10 @@ def _entry(name: str, entry: object, start: int) -> TensorInfo:
         )
     shape = _integers(entry["shape"], name, "shape")
     offsets = _integers(entry["data_offsets"], name, "data_offsets")
-    if not 1 <= len(shape) <= _MAX_DIMENSIONS or 0 in shape:
+    if not 1 <= len(shape) <= _MAX_DIMENSIONS:
         raise AdapterRejectedError(
             "shape_mismatch",
-            f"{shown(name)} has shape {shown(list(shape))}; "
-            "one or two dimensions are served, none of them 0",
+            f"{shown(name)} has shape {shown(list(shape))}; one to three dimensions are served",
         )
     if len(offsets) != 2:
         raise _bad(f"data_offsets of {shown(name)} are not two numbers")

@@ -7,9 +7,10 @@
     root/<aa>/<digest>/manifest.json    both files' length and SHA-256; its own is the digest
     root/<aa>/<digest>/adapter_config.json
     root/<aa>/<digest>/adapter_model.safetensors
+    root/<aa>/<digest>/derived-<key>.safetensors    may be gone at any time; see derived.py
 
 A version appears whole or not at all: both files and their folder are on the disk before one rename
-makes it visible. A folder is never written to after that.
+makes it visible. They are never written to after that.
 """
 
 from __future__ import annotations

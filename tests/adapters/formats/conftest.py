@@ -15,11 +15,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers.pytorch_utils import Conv1D
+from support.sites import describe_plain
 
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
-from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
+from manyhats.adapters.parts import BaseSpec, CompiledAdapter
+from manyhats.engine.model.parts_reference import PartsReference
+from manyhats.engine.model.spec import site_modules
+from manyhats.engine.model.weights import LoadedWeights
 from manyhats.types import Digest
 
 IDS = torch.tensor([[3, 71, 15, 9, 26, 5, 35, 8], [96, 7, 93, 2, 38, 46, 26, 43]])
@@ -40,51 +43,23 @@ def _configs() -> dict[str, Any]:
         "qwen2": transformers.Qwen2Config(**common, **sizes),
         "phi3": transformers.Phi3Config(**common, **sizes),
         "gpt2": transformers.GPT2Config(**common, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+        "tied": transformers.LlamaConfig(**common, **sizes, tie_word_embeddings=True),
+        "gemma3": transformers.Gemma3TextConfig(
+            **common,
+            **sizes,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
     }
-
-
-def describe(model: Any) -> BaseSpec:
-    """The model as the importers see it."""
-    sites = {}
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        bias = getattr(module, "bias", None)
-        bias = None if bias is None else bias.detach().float().clone()
-        if isinstance(module, torch.nn.Linear):
-            kind = SiteKind.HEAD if module is head else SiteKind.LINEAR
-            spec = SiteSpec(name, kind, module.in_features, module.out_features, bias=bias)
-        elif isinstance(module, Conv1D):
-            spec = SiteSpec(name, SiteKind.LINEAR, module.nx, module.nf, transposed=True, bias=bias)
-        elif isinstance(module, torch.nn.Embedding):
-            spec = SiteSpec(name, SiteKind.EMBEDDING, module.num_embeddings, module.embedding_dim)
-        elif "Norm" in type(module).__name__:
-            size = module.weight.numel()
-            spec = SiteSpec(name, SiteKind.NORM, size, size, bias=bias)
-        else:
-            continue
-        sites[name] = spec
-    return BaseSpec(digest="0" * 64, num_layers=model.config.num_hidden_layers, sites=sites)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Of the fixed prompt, without gradients."""
     with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
-
-
-def apply_parts(model: torch.nn.Module, compiled: CompiledAdapter) -> list[Any]:
-    """Hook the parts onto a model: y += (x A^T) B + bias. Returns the hooks' handles."""
-    modules = dict(model.named_modules())
-    handles = []
-    for name, parts in compiled.sites.items():
-
-        def hook(_module: Any, args: Any, out: torch.Tensor, parts: Any = parts) -> torch.Tensor:
-            if parts.low_rank is not None:
-                out = out + (args[0] @ parts.low_rank.a.T) @ parts.low_rank.b
-            return out if parts.bias is None else out + parts.bias
-
-        handles.append(modules[name].register_forward_hook(hook))
-    return handles
+        # of the prompt itself, without the virtual tokens before it
+        return model(input_ids=IDS).logits[:, -IDS.shape[1] :]
 
 
 @dataclass(frozen=True)
@@ -95,14 +70,14 @@ class Base:
     spec: BaseSpec
     logits: torch.Tensor
 
+    @property
+    def weights(self) -> LoadedWeights:
+        return LoadedWeights(site_modules(self.model, self.spec))
+
     def served(self, compiled: CompiledAdapter) -> torch.Tensor:
         """Logits of the base with the compiled adapter on it."""
-        handles = apply_parts(self.model, compiled)
-        try:
-            return logits(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
+        worn = PartsReference(self.model, self.spec, compiled)
+        return torch.stack([worn.logits(row.tolist()) for row in IDS])
 
 
 @dataclass(frozen=True)
@@ -127,10 +102,19 @@ class Saved:
         *,
         dtype: torch.dtype = torch.float32,
         limits: AdapterLimits = AdapterLimits(),  # noqa: B008
+        base_weights: LoadedWeights | None = None,
     ) -> CompiledAdapter:
         config = read_config_file(self.folder / "adapter_config.json", limits) | dict(changes or {})
         weights = read_weights(self.folder / "adapter_model.safetensors", limits)
-        return compile_adapter(config, weights, spec, limits, digest=Digest("d" * 64), dtype=dtype)
+        return compile_adapter(
+            config,
+            weights,
+            spec,
+            limits,
+            digest=Digest("d" * 64),
+            dtype=dtype,
+            base_weights=base_weights,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -146,8 +130,10 @@ def bases() -> dict[str, Base]:
                     parameter.normal_(std=0.3)
                 elif parameter.dim() == 2:
                     parameter.normal_(std=0.15)
+                elif key.endswith("weight"):  # a norm's, near what it was
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
         model.requires_grad_(False)
-        found[name] = Base(model, describe(model), logits(model))
+        found[name] = Base(model, describe_plain(model), logits(model))
     return found
 
 
@@ -177,3 +163,33 @@ def train(bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory) -> C
         return Saved(folder, logits(model))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tune(bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    """``tune("llama", peft.IA3Config(...))``: an adapter of any family, changed at random, saved,
+    and loaded again by PEFT for its logits.
+    """
+
+    def make(
+        name: str, config: peft.PeftConfig, *, noise: float = 0.2, forward: Any = logits
+    ) -> Saved:
+        folder = tmp_path_factory.mktemp("adapter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns about flags that it corrects
+            model = peft.get_peft_model(copy.deepcopy(bases[name].model), config)
+            disturb(model, noise)
+            model.eval().save_pretrained(folder)
+            loaded = peft.PeftModel.from_pretrained(copy.deepcopy(bases[name].model), folder)
+            return Saved(folder, forward(loaded.eval()))
+
+    return make
+
+
+def disturb(model: torch.nn.Module, noise: float) -> None:
+    """As if trained: everything trainable."""
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)

@@ -52,7 +52,7 @@ def ours(**fields):
     config = {"peft_type": "LORA"} | {k: v for k, v in fields.items() if v is not None}
     found = parse_settings(config, AdapterLimits())
     try:
-        return [site.name for site in matched_sites(found, BASE, Matcher())]
+        return [site.name for site in matched_sites(found.selection, BASE, Matcher())]
     except AdapterRejectedError as error:
         if error.reason != "no_module_matched":
             raise

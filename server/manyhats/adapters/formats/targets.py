@@ -1,4 +1,4 @@
-"""Which modules of the base a LoRA configuration means, and with which rank and alpha.
+"""Which modules of the base a configuration means, and with which rank and alpha.
 
 The rules are those of PEFT 0.21.2: ``check_target_module_exists`` and
 ``_maybe_include_all_linear_layers`` (peft/tuners/tuners_utils.py) and ``get_pattern_key``
@@ -8,9 +8,10 @@ The rules are those of PEFT 0.21.2: ``check_target_module_exists`` and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from manyhats.adapters.formats.lora_config import LoraSettings
+from manyhats.adapters.formats.fields import bad, layers, names
 from manyhats.adapters.formats.patterns import Matcher, is_literal, literal_suffix
 from manyhats.adapters.parts import BaseSpec, SiteKind, SiteSpec
 from manyhats.adapters.strict_json import listed, shown
@@ -24,31 +25,83 @@ _ANY_LAYER: Final = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _NAMED_LAYER: Final = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _PATTERN_KEY: Final = r"(.*\.)?({})$"
 
+LINEAR_KINDS: Final = frozenset({SiteKind.LINEAR, SiteKind.HEAD})
+"""What a tuner of torch's linear layers takes."""
+
+# attentions and residual streams are sites of other formats
+_MODULES: Final = LINEAR_KINDS | {SiteKind.NORM, SiteKind.EMBEDDING}
 _KIND_NAMES: Final[Mapping[SiteKind, str]] = {
+    SiteKind.LINEAR: "a linear layer",
     SiteKind.NORM: "a normalization",
     SiteKind.EMBEDDING: "an embedding",
     SiteKind.HEAD: "the output head",
 }
 
 
-def matched_sites(settings: LoraSettings, base: BaseSpec, matcher: Matcher) -> list[SiteSpec]:
-    """The linear sites that the configuration targets, in the base's order; never empty.
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which modules a configuration means. ``layers_to_transform`` None: every layer."""
+
+    target_modules: str | frozenset[str]
+    exclude_modules: str | frozenset[str] = frozenset()
+    layers_to_transform: frozenset[int] | None = None
+    layers_pattern: tuple[str, ...] = ()
+
+
+def selection(config: Mapping[str, object]) -> Selection:
+    """The fields that select modules, checked; a family without one of them has it absent.
 
     Raises:
-        AdapterRejectedError: ``no_module_matched``; ``unsupported_site`` where an embedding, the
-            head or a normalization is targeted; ``bad_config`` for a bad pattern.
+        AdapterRejectedError: ``bad_config``.
+    """
+    indices, patterns = layers(config)
+    found = Selection(
+        target_modules=names(config, "target_modules"),
+        exclude_modules=names(config, "exclude_modules"),
+        layers_to_transform=indices,
+        layers_pattern=patterns,
+    )
+    if config.get("target_modules") is None:
+        raise bad("target_modules", None, "a list of module names, a pattern or 'all-linear'")
+    if isinstance(found.target_modules, str) and (indices is not None or patterns):
+        raise bad(
+            "layers_to_transform",
+            config.get("layers_to_transform"),
+            "absent beside a pattern in target_modules",
+        )
+    return found
+
+
+def matched_sites(
+    settings: Selection,
+    base: BaseSpec,
+    matcher: Matcher,
+    *,
+    kinds: frozenset[SiteKind] = LINEAR_KINDS,
+    transposed: bool = True,
+    family: str = "LoRA",
+) -> list[SiteSpec]:
+    """The sites that the configuration targets, in the base's order; never empty.
+
+    Raises:
+        AdapterRejectedError: ``no_module_matched``; ``unsupported_site`` where one is not of
+            ``kinds``, or is a Conv1D and ``transposed`` is false; ``bad_config`` for a bad pattern.
     """
     targeted = _target_test(settings, matcher)
     excluded = _exclude_test(settings, matcher)
-    sites = [site for site in base.sites.values() if not excluded(site.name) and targeted(site)]
+    sites = [
+        site
+        for site in base.sites.values()
+        if site.kind in _MODULES and not excluded(site.name) and targeted(site)
+    ]
     if not sites:
         raise _nothing_matched(settings, base)
     for site in sites:
-        if site.kind is not SiteKind.LINEAR:
+        if site.kind not in kinds or (site.transposed and not transposed):
+            what = _KIND_NAMES[site.kind] if site.kind not in kinds else "a Conv1D"
             raise AdapterRejectedError(
                 "unsupported_site",
-                f"target_modules names {site.name}, {_KIND_NAMES[site.kind]}; "
-                "LoRA is served on linear layers only",
+                f"target_modules names {site.name}, {what}; {family} is not served there",
                 param="target_modules",
             )
     return sites
@@ -84,7 +137,7 @@ def _suffixes(name: str) -> Iterator[str]:
         yield name
 
 
-def _target_test(settings: LoraSettings, matcher: Matcher) -> Callable[[SiteSpec], bool]:
+def _target_test(settings: Selection, matcher: Matcher) -> Callable[[SiteSpec], bool]:
     targets = settings.target_modules
     if isinstance(targets, str):
         if targets.lower() == _ALL_LINEAR:
@@ -99,7 +152,7 @@ def _target_test(settings: LoraSettings, matcher: Matcher) -> Callable[[SiteSpec
     )
 
 
-def _exclude_test(settings: LoraSettings, matcher: Matcher) -> Callable[[str], bool]:
+def _exclude_test(settings: Selection, matcher: Matcher) -> Callable[[str], bool]:
     excluded = settings.exclude_modules
     if not excluded:
         return lambda name: False
@@ -108,7 +161,7 @@ def _exclude_test(settings: LoraSettings, matcher: Matcher) -> Callable[[str], b
     return lambda name: any(suffix in excluded for suffix in _suffixes(name))
 
 
-def _layer_test(settings: LoraSettings, matcher: Matcher) -> Callable[[str], bool]:
+def _layer_test(settings: Selection, matcher: Matcher) -> Callable[[str], bool]:
     layers = settings.layers_to_transform
     if not layers:
         return lambda name: True
@@ -129,7 +182,7 @@ def _layer_test(settings: LoraSettings, matcher: Matcher) -> Callable[[str], boo
     return test
 
 
-def _nothing_matched(settings: LoraSettings, base: BaseSpec) -> AdapterRejectedError:
+def _nothing_matched(settings: Selection, base: BaseSpec) -> AdapterRejectedError:
     targets = settings.target_modules
     wanted = shown(targets) if isinstance(targets, str) else f"[{listed(sorted(targets))}]"
     linear = [site.name for site in base.sites.values() if site.kind is SiteKind.LINEAR]
