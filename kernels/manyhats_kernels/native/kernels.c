@@ -222,5 +222,6 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
     return failed;
 }
 
+#include "dense_entry.h"
 #include "parts_entry.h"
 #include "quant4.h"
