@@ -83,7 +83,9 @@ class _Placed:
         return shapes
 
 
-def lora_sections(job: Job, names: Names, methods: Sequence[Method], stacked: bool) -> list[Section]:
+def lora_sections(
+    job: Job, names: Names, methods: Sequence[Method], stacked: bool
+) -> list[Section]:
     """``methods`` in the order of the stack; ``stacked``: there is more than one adapter.
 
     Raises:
