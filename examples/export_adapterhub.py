@@ -5,9 +5,9 @@
     python export_adapterhub.py OUT one two --fusion my-fusion
 
 `mine`, `first`, ... are folders of `model.save_adapter`, `my-fusion` one of
-`model.save_adapter_fusion`, whose members are given in its order. OUT gets `adapter_config.json` and
-`adapter_model.safetensors`. Needs torch and safetensors, and no model. Run it where the adapters
-were trained: a `pytorch_adapter.bin` is a pickle, which is read here (tensors alone, with
+`model.save_adapter_fusion`, whose members are given in its order. OUT gets `adapter_config.json`
+and `adapter_model.safetensors`. Needs torch and safetensors, and no model. Run it where the
+adapters were trained: a `pytorch_adapter.bin` is a pickle, which is read here (tensors alone, with
 `weights_only`) and never by the server.
 """
 

@@ -1,6 +1,4 @@
-"""Adapters that AdapterHub saved, with PEFT's own beside them, all in one batch of the engine: the
-tokens are AdapterHub's.
-"""
+"""Adapters that AdapterHub saved, all kinds in one batch of the engine: its tokens are theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests/adapters/formats/adapterhub/make_fixtures.py made: bases, adapters, expected logits."""
+"""The fixtures of make_fixtures.py: bases, adapters, AdapterHub's own logits."""
 
 from __future__ import annotations
 

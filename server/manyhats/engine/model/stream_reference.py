@@ -4,7 +4,7 @@ put into a transformers layer by hooks on the block's entry and exit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
@@ -16,7 +16,7 @@ from torch.nn import functional
 from manyhats.adapters.parts import Activation, Bottleneck, Fusion, SiteParts
 from manyhats.engine.model.wiring import blocks_of
 
-_FUNCTIONS: Final = {
+_FUNCTIONS: Final[Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     Activation.RELU: torch.relu,
     Activation.GELU: functional.gelu,
     Activation.GELU_TANH: partial(functional.gelu, approximate="tanh"),

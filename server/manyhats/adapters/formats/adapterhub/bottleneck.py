@@ -122,7 +122,7 @@ def place_bottlenecks(
 
     Raises:
         AdapterRejectedError: ``bad_config``, ``unsupported_feature``, ``unsupported_site``,
-            ``rank_too_large``.
+            ``rank_too_large``, ``too_large``.
     """
     found: dict[str, tuple[SiteSpec, list[Placed]]] = {}
     for method in methods:
@@ -135,7 +135,19 @@ def place_bottlenecks(
                 entry = found.setdefault(f"{layer}.{module}", (site, []))
                 index = names.layers.index(layer)
                 entry[1].append(_placed(job, names, method, f"{layer}.{module}", index, site))
+    _check_bytes(job, [item for _, placed in found.values() for item in placed])
     return found
+
+
+def _check_bytes(job: Job, placed: Sequence[Placed]) -> None:
+    """Kronecker products are small in the file and large once they are expanded."""
+    total = 2 * sum(item.down.numel for item in placed) * job.dtype.itemsize
+    if total > job.limits.max_bytes:
+        raise AdapterRejectedError(
+            "too_large",
+            f"the bottlenecks take {total} bytes, over the bound of {job.limits.max_bytes} "
+            "(max_bytes)",
+        )
 
 
 def bottleneck_sections(

@@ -1,9 +1,9 @@
 """LoRA and (IA)^3 as AdapterHub saves them (LoRALinear, LoRAMergedLinear in methods/lora.py).
 
-LoRA's scale is alpha / r. In a stack the second reads what the first put out, and the last alone is
-added to the layer: s2 B2 A2 s1 B1 A1 x. (IA)^3 multiplies the whole output, the base's bias with
-it, by alpha times its vector; in a stack the vectors multiply. GPT-2's one module for q, k and v has
-an A and a B for each of those that are adapted.
+LoRA's scale is alpha / r. In a stack the second reads what the first put out, and the last alone
+is added to the layer: s2 B2 A2 s1 B1 A1 x. (IA)^3 multiplies the whole output, the base's bias with
+it, by alpha times its vector; in a stack the vectors multiply. GPT-2's one module for q, k and v
+has an A and a B for each of those that are adapted.
 """
 
 from __future__ import annotations
@@ -107,15 +107,26 @@ def lora_sections(
                 entry[1].append(_placed(job, names, method, site, thirds))
     sections = []
     for site, placed in found.values():
-        if len({bool(item.a) for item in placed}) > 1:
-            raise AdapterRejectedError(
-                "unsupported_feature",
-                f"{site.name}: LoRA and (IA)^3 stacked at one module are not served",
-                param="composition_mode",
-            )
+        if len(placed) > 1:
+            _check_chain(site, placed)
         shapes = {name: shape for item in placed for name, shape in item.shapes(site).items()}
         sections.append(Section(shapes, partial(_build, job, site, placed)))
     return sections
+
+
+def _check_chain(site: SiteSpec, placed: Sequence[_Placed]) -> None:
+    if len({bool(item.a) for item in placed}) > 1:
+        raise AdapterRejectedError(
+            "unsupported_feature",
+            f"{site.name}: LoRA and (IA)^3 stacked at one module are not served",
+            param="composition_mode",
+        )
+    if placed[0].a and site.in_features != site.out_features:
+        raise AdapterRejectedError(
+            "unsupported_feature",
+            f"{site.name}: stacked LoRA reads what the one before put out, and this module's "
+            "inputs and outputs differ in size",
+        )
 
 
 def _modules(method: Method, names: Names) -> list[tuple[str, tuple[int, ...]]]:
@@ -143,6 +154,13 @@ def _placed(
     config = method.config
     place = names.tensor(f"{site.name}.loras.{method.adapter}")
     r = rank("r", config.get("r", 8), job.limits)
+    if r * len(thirds) > job.limits.max_rank:
+        raise AdapterRejectedError(
+            "rank_too_large",
+            f"r is {r} for {len(thirds)} of q, k and v in one module: {r * len(thirds)} together, "
+            f"over the bound of {job.limits.max_rank} (max_rank)",
+            param="r",
+        )
     alpha = number("alpha", config.get("alpha", 8))
     if text(config, "composition_mode", "add", ("add", "scale")) == "add":
         scaling = 1.0 if method.old_scaling else alpha / r
@@ -163,12 +181,6 @@ def _build(job: Job, site: SiteSpec, placed: Sequence[_Placed], builder: Builder
         return
     a, b = job.tensor(first.a), _rows(job, first, site)
     for item in placed[1:]:
-        if site.in_features != site.out_features:
-            raise AdapterRejectedError(
-                "unsupported_feature",
-                f"{site.name}: stacked LoRA reads what the one before put out, and this module's "
-                "inputs and outputs differ in size",
-            )
         b = (b @ job.tensor(item.a).t()) @ _rows(job, item, site)
     builder.low_rank(site, a, b, first.a, first.b)
 
@@ -178,8 +190,12 @@ def _rows(job: Job, item: _Placed, site: SiteSpec) -> torch.Tensor:
     b = job.tensor(item.b) * item.scaling
     if not item.thirds:
         return b.t()
-    blocks = torch.block_diag(*b.chunk(len(item.thirds)))
-    return _spread(blocks.t(), item.thirds, site, fill=0.0)
+    blocks = b.new_zeros(len(item.thirds), item.rank, len(b))
+    size = len(b) // len(item.thirds)
+    for index in range(len(item.thirds)):
+        rows = slice(index * size, (index + 1) * size)
+        blocks[index, :, rows] = b[rows].t()
+    return _spread(blocks.flatten(0, 1), item.thirds, site, fill=0.0)
 
 
 def _spread(

@@ -37,10 +37,13 @@ IRRELEVANT: Final = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """[in, out], and its bias: what is in the file for them. ``rule`` and ``core`` are of a PHM
-    layer, the names of A and W or of their factors, ``weight`` of a plain one, stored [out, in].
+    """[in, out], of ``numel`` values, and its bias: what is in the file for them.
+
+    ``rule`` and ``core`` are of a PHM layer, the names of A and W or of their factors; ``weight`` is
+    that of a plain one, stored [out, in].
     """
 
+    numel: int
     shapes: Mapping[str, Shape]
     bias: str | None
     weight: str = ""
@@ -69,7 +72,9 @@ class Matrix:
 def plain(place: str, size_in: int, size_out: int) -> Matrix:
     """A ``nn.Linear`` called ``place``."""
     weight, bias = f"{place}.weight", f"{place}.bias"
-    return Matrix({weight: (size_out, size_in), bias: (size_out,)}, bias, weight)
+    return Matrix(
+        size_in * size_out, {weight: (size_out, size_in), bias: (size_out,)}, bias, weight
+    )
 
 
 def kronecker(
@@ -98,7 +103,7 @@ def kronecker(
     bias = f"{place}.b" if boolean(config, "phm_bias", True) else None
     if bias is not None:
         shapes[bias] = (size_out,)
-    return Matrix(shapes, bias, rule=rule, core=core)
+    return Matrix(size_in * size_out, shapes, bias, rule=rule, core=core)
 
 
 def _named(

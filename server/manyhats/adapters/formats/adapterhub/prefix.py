@@ -9,7 +9,7 @@ difference alone. Where positions are embeddings nothing makes up for them, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
@@ -38,7 +38,7 @@ TABLE: Final = field_table(
     },
     {"use_gating": GATED},
 )
-_FUNCTIONS: Final = {
+_FUNCTIONS: Final[Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     Activation.RELU: torch.relu,
     Activation.GELU: functional.gelu,
     Activation.GELU_TANH: partial(functional.gelu, approximate="tanh"),

@@ -1,7 +1,7 @@
 """What AdapterHub's files say: one adapter, or several that are composed.
 
-``save_adapter`` of ``adapters`` 1.3.0 writes one adapter: ``config`` (one method, or the ``configs``
-of a union) beside ``name``, ``model_type`` and ``version``. Several are one folder of
+``save_adapter`` of ``adapters`` 1.3.0 writes one adapter: ``config`` (one method, or the
+``configs`` of a union) beside ``name``, ``model_type`` and ``version``. Several are one folder of
 examples/export_adapterhub.py: ``composition`` (``stack`` or ``fuse``), ``adapters`` (what was
 written for each, in order) and ``fusion`` (what ``save_adapter_fusion`` wrote).
 """
