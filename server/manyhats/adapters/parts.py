@@ -50,7 +50,8 @@ class SiteSpec:
     where that is of no known kind: such a norm takes no gain). ``scale`` is what an embedding
     multiplies its rows by (Gemma: the square root of the width), ``tied_to`` the embedding whose
     weight a head shares. ``rotary``: the frequencies, fp32 [pairs], by which an attention's keys
-    are rotated, where these are fixed, the same in every layer and all there is to the rotation.
+    are rotated, where these are fixed, the same in every layer and all there is to the rotation,
+    and no window hides the oldest keys.
     """
 
     name: str

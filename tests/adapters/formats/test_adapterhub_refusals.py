@@ -22,8 +22,11 @@ from support.adapterhub import (
     exporter,
     files_of,
 )
+from support.models import tiny_model
+from support.sites import describe_plain
 
 from manyhats.adapters.files import locate
+from manyhats.adapters.parts import SiteKind
 from manyhats.errors import AdapterRejectedError
 
 GATES = "averaged over the whole sequence"
@@ -107,6 +110,13 @@ def test_what_is_around_the_method_is_checked(fields, reason):
     assert refused(config | fields, tensors).reason == reason
 
 
+@pytest.mark.parametrize("name", ["pfeiffer", "lora"])
+def test_a_union_with_two_methods_at_one_place_is_refused(name):
+    config, tensors = files_of(name)
+    config["config"] = {"architecture": "union", "configs": [config["config"]] * 2}
+    assert refused(config, tensors).param == "configs"
+
+
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
@@ -160,6 +170,16 @@ def test_a_prefix_without_rotation_is_refused():
     config, tensors = files_of("prefix_flat")
     error = refused(config | {"model_type": "gpt2"}, tensors, "gpt2")
     assert (error.reason, "take no positions" in error.message) == ("unsupported_site", True)
+
+
+def test_only_rotations_that_a_prefix_can_be_moved_by_are_told_of():
+    def rotary(name):
+        sites = describe_plain(tiny_model(name)).sites.values()
+        return [s.rotary for s in sites if s.kind is SiteKind.ATTENTION]
+
+    assert all(len(frequencies) == 4 for frequencies in rotary("llama"))
+    for name in ("gpt2", "mistral", "gemma3"):  # no rotation, a window, two rotations
+        assert rotary(name) == [None] * len(rotary(name))
 
 
 @pytest.mark.parametrize(

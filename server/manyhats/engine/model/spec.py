@@ -39,7 +39,11 @@ def describe(
         shape = attention.get(id(module))
         if shape is not None:
             site: SiteSpec | None = SiteSpec(
-                name, SiteKind.ATTENTION, shape.kv_heads, shape.head_dim, rotary=rotary
+                name,
+                SiteKind.ATTENTION,
+                shape.kv_heads,
+                shape.head_dim,
+                rotary=rotary if shape.sliding_window is None else None,
             )
         else:
             site = _site(name, module, is_head=module is head)

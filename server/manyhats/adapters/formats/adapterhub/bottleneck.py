@@ -17,7 +17,7 @@ from typing import Final
 
 from manyhats.adapters.formats.adapterhub import phm
 from manyhats.adapters.formats.adapterhub.places import RESIDUAL_PLACES, Names
-from manyhats.adapters.formats.adapterhub.setup import Method
+from manyhats.adapters.formats.adapterhub.setup import Method, used_twice
 from manyhats.adapters.formats.builder import Builder
 from manyhats.adapters.formats.fields import (
     Refusal,
@@ -133,6 +133,8 @@ def place_bottlenecks(
                     continue
                 site = names.site(f"{layer}.{site_name}", SiteKind.RESIDUAL)
                 entry = found.setdefault(f"{layer}.{module}", (site, []))
+                if any(item.method.adapter == method.adapter for item in entry[1]):
+                    raise used_twice(site.name)
                 index = names.layers.index(layer)
                 entry[1].append(_placed(job, names, method, f"{layer}.{module}", index, site))
     _check_bytes(job, [item for _, placed in found.values() for item in placed])

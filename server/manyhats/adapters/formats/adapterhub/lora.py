@@ -17,7 +17,7 @@ import torch
 
 from manyhats.adapters.formats.adapterhub.bottleneck import GATED
 from manyhats.adapters.formats.adapterhub.places import Names
-from manyhats.adapters.formats.adapterhub.setup import Method
+from manyhats.adapters.formats.adapterhub.setup import Method, used_twice
 from manyhats.adapters.formats.builder import Builder
 from manyhats.adapters.formats.fields import (
     Refusal,
@@ -104,13 +104,16 @@ def lora_sections(
                     )
                 site = names.site(f"{layer}.{module}", SiteKind.LINEAR)
                 entry = found.setdefault(site.name, (site, []))
-                entry[1].append(_placed(job, names, method, site, thirds))
+                placed = _placed(job, names, method, site, thirds)
+                if any(item.b == placed.b for item in entry[1]):
+                    raise used_twice(site.name)
+                entry[1].append(placed)
     sections = []
-    for site, placed in found.values():
-        if len(placed) > 1:
-            _check_chain(site, placed)
-        shapes = {name: shape for item in placed for name, shape in item.shapes(site).items()}
-        sections.append(Section(shapes, partial(_build, job, site, placed)))
+    for site, chain in found.values():
+        if len(chain) > 1:
+            _check_chain(site, chain)
+        shapes = {name: shape for item in chain for name, shape in item.shapes(site).items()}
+        sections.append(Section(shapes, partial(_build, job, site, chain)))
     return sections
 
 

@@ -39,8 +39,8 @@ IRRELEVANT: Final = dict.fromkeys(
 class Matrix:
     """[in, out], of ``numel`` values, and its bias: what is in the file for them.
 
-    ``rule`` and ``core`` are of a PHM layer, the names of A and W or of their factors; ``weight`` is
-    that of a plain one, stored [out, in].
+    ``rule`` and ``core`` are of a PHM layer, the names of A and W or of their factors; ``weight``
+    is that of a plain one, stored [out, in].
     """
 
     numel: int

@@ -4,7 +4,8 @@ evaluated here.
 AdapterHub puts the prefix before the keys after they were rotated, and counts positions from the
 first token of the prompt. Here a prefix has the positions before the prompt, so its n tokens' keys
 are rotated by n: what a query at p reads from them is then the same, as rotations depend on the
-difference alone. Where positions are embeddings nothing makes up for them, and it is refused.
+difference alone. Where positions are embeddings nothing makes up for them, and where a window
+hides old keys it would hide these, which AdapterHub does not; both are refused.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def prefix_section(job: Job, names: Names, method: Method) -> Section:
         raise AdapterRejectedError(
             "unsupported_site",
             "AdapterHub's prefixes take no positions, which can be made up for only where all "
-            "keys are rotated by fixed frequencies; this base is not of that kind",
+            "keys are rotated by fixed frequencies and stay in view; this base is not of that kind",
         )
     place = names.tensor(f"{names.root}prefix_tuning.prefix_tunings.{method.adapter}.self_prefix")
     size = 2 * len(sites) * sites[0].in_features * sites[0].out_features

@@ -119,6 +119,13 @@ def _member(file: object, field: str) -> Member:
     )
 
 
+def used_twice(place: str) -> AdapterRejectedError:
+    """The refusal of a union two of whose methods are at one place, as the library refuses it."""
+    return AdapterRejectedError(
+        "bad_config", f"{place}: two methods of one adapter are there", param="configs"
+    )
+
+
 def _is_old(file: Mapping[str, object]) -> bool:
     """Of adapters 1.0; what is older still is refused."""
     version = file.get("version")
