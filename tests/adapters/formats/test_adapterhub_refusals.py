@@ -315,6 +315,17 @@ def test_the_library_s_pickle_is_refused_and_exported_by_the_script(tmp_path):
     assert json.loads(files.config_path.read_text("utf-8")) == config
 
 
+def test_the_script_wants_to_be_told_what_several_adapters_are(tmp_path, monkeypatch):
+    folders = [str(FIXTURES / "saved" / name) for name in ("lora", "pfeiffer")]
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "out"), *folders])
+    with pytest.raises(SystemExit):
+        exporter().main()
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path / "out"), *folders, "--stack"])
+    exporter().main()
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text("utf-8"))
+    assert written == files_of("stack_families")[0]
+
+
 def test_the_expected_logits_differ_between_all_adapters():
     last = torch.stack([expected(n).logits[-1] for n in NAMES if base_of(n) == "llama"])
     assert len(PROMPT) == 8
