@@ -26,8 +26,8 @@ def create_api(
     """The application over ``state``: OpenAI's routes and operations, then ``routers`` (admin's,
     say); ``lifespan`` surrounds its running.
 
-    Also makes ``state.metrics`` name the kernels and read the engine's snapshot at every scrape. The
-    documentation pages know no keys, so they are there only while no key is configured.
+    Also makes ``state.metrics`` name the kernels, and read the engine's snapshot at every scrape.
+    The documentation pages know no keys, so they are there only while no key is configured.
     """
     settings = state.settings
     open_door = KeyRing.of(settings).is_open

@@ -3,9 +3,9 @@
 ``adapter`` is an adapter's name, ``base`` for the bare base, or ``other``: the first N names to
 arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
 N + 2 values. ``outcome`` is one of four finish reasons; ``tier`` is ``host`` or ``device``;
-``backend`` is the name of the kernels in use, one series;
 ``route`` is a template of the application's own routes or ``unmatched``, never a path; ``method``
-is one of seven or ``other``; ``status`` is an HTTP status.
+is one of seven or ``other``; ``status`` is an HTTP status; ``backend`` has one value, the kernels
+in use.
 
 ====================================  =========  =====================  =========================
 series                                type       labels                 meaning
