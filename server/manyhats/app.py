@@ -67,7 +67,8 @@ def build(settings: Settings) -> Application:
     kernels = resolve_kernels(
         settings.kernels, device=resolve_device(settings.device), home=settings.home
     )
-    logger.info("kernels: %s (%s)", kernels.backend.name, kernels.reason)
+    level = logging.WARNING if kernels.fallback else logging.INFO
+    logger.log(level, "kernels: %s (%s)", kernels.backend.name, kernels.reason)
     threads = settings.threads or torch.get_num_threads()
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)

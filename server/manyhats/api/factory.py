@@ -26,8 +26,8 @@ def create_api(
     """The application over ``state``: OpenAI's routes and operations, then ``routers`` (admin's,
     say); ``lifespan`` surrounds its running.
 
-    Also makes ``state.metrics`` read the engine's snapshot at every scrape. The documentation pages
-    know no keys, so they are there only while no key is configured.
+    Also makes ``state.metrics`` name the kernels, and read the engine's snapshot at every scrape.
+    The documentation pages know no keys, so they are there only while no key is configured.
     """
     settings = state.settings
     open_door = KeyRing.of(settings).is_open
@@ -48,5 +48,6 @@ def create_api(
     install_handlers(app)
     for router in (openai.router, ops.router, *routers):
         app.include_router(router)
+    state.metrics.kernels(state.engine.model.kernel_backend)
     state.metrics.watch(state.engine.stats)
     return app

@@ -4,7 +4,8 @@
 arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
 N + 2 values. ``outcome`` is one of four finish reasons; ``tier`` is ``host`` or ``device``;
 ``route`` is a template of the application's own routes or ``unmatched``, never a path; ``method``
-is one of seven or ``other``; ``status`` is an HTTP status.
+is one of seven or ``other``; ``status`` is an HTTP status; ``backend`` has one value, the kernels
+in use.
 
 ====================================  =========  =====================  =========================
 series                                type       labels                 meaning
@@ -27,6 +28,7 @@ manyhats_adapter_load_seconds         histogram  tier                   time tha
 manyhats_adapter_evictions_total      counter    adapter, tier          left a tier
 manyhats_adapter_load_failures_total  counter    adapter                could not be loaded
 manyhats_http_requests_total          counter    route, method, status  499: the client went away
+manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
 manyhats_running, _waiting            gauge                             sequences: batch, queue
@@ -60,6 +62,7 @@ from typing import Final
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -116,6 +119,10 @@ class Metrics:
     def watch(self, stats: Callable[[], StatsView]) -> None:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
+
+    def kernels(self, backend: str) -> None:
+        """The engine computes with the kernels of this name. Said once, when it is built."""
+        self._kernels.labels(backend).set(1)
 
     def render(self) -> bytes:
         """The exposition in Prometheus' text format (CONTENT_TYPE)."""
@@ -216,6 +223,9 @@ class Metrics:
         self._http = self._counter("http_requests", "HTTP answers.", ("route", "method", "status"))
 
     def _declare_engine(self) -> None:
+        self._kernels = Gauge(
+            "manyhats_kernels_info", "The kernels in use.", ("backend",), registry=self.registry
+        )
         self._step_seconds = self._histogram("step_seconds", "One step.", (), _SHORT)
         tokens = self._counter("step_tokens", "Tokens run.", ("kind",))
         self._prefill_tokens = tokens.labels("prefill")
