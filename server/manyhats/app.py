@@ -37,7 +37,7 @@ from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
-from manyhats.engine.residency import NoAdapters
+from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.service import AdapterService, load_adapter
@@ -92,7 +92,7 @@ def build(settings: Settings) -> Application:
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
-        max_bytes=settings.max_adapter_mb << 20,
+        limits=AdapterLimits.of(settings),
     )
     state = ApiState(
         settings=settings,
@@ -165,13 +165,7 @@ def register_roots(application: Application) -> None:
 def _compile_folder(
     folder: Path, *, settings: Settings, base: BaseModel, base_weights: BaseWeights
 ) -> CompiledAdapter:
-    limits = AdapterLimits(
-        max_rank=settings.max_rank,
-        max_bytes=settings.max_adapter_mb << 20,
-        max_virtual_tokens=settings.max_virtual_tokens,
-        max_dense_bytes=settings.max_dense_mb << 20,
-        max_conversion_error=settings.max_conversion_error,
-    )
+    limits = AdapterLimits.of(settings)
     config = read_config_file(folder / "adapter_config.json", limits)
     weights = read_weights(folder / "adapter_model.safetensors", limits)
     derived = DerivedFile(folder, base.spec.digest, limits)
