@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -71,8 +70,7 @@ def build(settings: Settings) -> Application:
     threads = settings.threads or torch.get_num_threads()
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
-    # Adapters belong to a base: another base under the same home has a folder of its own.
-    folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
+    folder = settings.base_folder(base.name)
     store = AdapterStore(folder / "adapters")
     registry = Registry(folder / "registry.sqlite", max_versions=settings.max_adapters)
     weights = LoadedWeights(site_modules(base.module, base.spec))
