@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -37,7 +36,7 @@ from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
-from manyhats.engine.residency import NoAdapters
+from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.service import AdapterService, load_adapter
@@ -72,8 +71,7 @@ def build(settings: Settings) -> Application:
     threads = settings.threads or torch.get_num_threads()
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
-    # Adapters belong to a base: another base under the same home has a folder of its own.
-    folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
+    folder = settings.base_folder(base.name)
     store = AdapterStore(folder / "adapters")
     registry = Registry(folder / "registry.sqlite", max_versions=settings.max_adapters)
     weights = LoadedWeights(site_modules(base.module, base.spec))
@@ -93,7 +91,7 @@ def build(settings: Settings) -> Application:
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
-        max_bytes=settings.max_adapter_mb << 20,
+        limits=AdapterLimits.of(settings),
     )
     state = ApiState(
         settings=settings,
@@ -166,13 +164,7 @@ def register_roots(application: Application) -> None:
 def _compile_folder(
     folder: Path, *, settings: Settings, base: BaseModel, base_weights: BaseWeights
 ) -> CompiledAdapter:
-    limits = AdapterLimits(
-        max_rank=settings.max_rank,
-        max_bytes=settings.max_adapter_mb << 20,
-        max_virtual_tokens=settings.max_virtual_tokens,
-        max_dense_bytes=settings.max_dense_mb << 20,
-        max_conversion_error=settings.max_conversion_error,
-    )
+    limits = AdapterLimits.of(settings)
     config = read_config_file(folder / "adapter_config.json", limits)
     weights = read_weights(folder / "adapter_model.safetensors", limits)
     derived = DerivedFile(folder, base.spec.digest, limits)

@@ -19,11 +19,13 @@ from fastapi.responses import PlainTextResponse
 from manyhats.adapters.store import Staging
 from manyhats.api.auth import require_admin
 from manyhats.api.body import read_body
+from manyhats.api.fields import CompositionField
 from manyhats.api.schemas import StrictModel
 from manyhats.api.state import api_state
 from manyhats.api.upload import UploadReader, boundary_of
 from manyhats.engine.interface import ResidentAdapter
-from manyhats.errors import ContentTypeError, ModelNotFoundError
+from manyhats.errors import ContentTypeError, ModelNotFoundError, RequestError
+from manyhats.lifecycle.compositions import shown
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.service import AdapterService
 from manyhats.types import DEFAULT_TENANT
@@ -35,10 +37,13 @@ _BLOCKING: Final = anyio.CapacityLimiter(8)
 
 
 class RegisterRequest(StrictModel):
-    """Body of ``POST /admin/adapters`` as JSON. ``path``: a folder within an allowed root."""
+    """Body of ``POST /admin/adapters`` as JSON. ``path``: a folder within an allowed root; or
+    ``composition``: registered adapters worn as one.
+    """
 
     name: str
-    path: str
+    path: str | None = None
+    composition: CompositionField = None
 
 
 class LoadLoraRequest(StrictModel):
@@ -66,19 +71,16 @@ class UnloadLoraRequest(StrictModel):
 async def register(request: Request) -> dict[str, Any]:
     """Register an adapter; the answer describes the version.
 
-    As JSON ``{"name", "path"}``, or as multipart/form-data with the parts ``name``, ``config``
-    (adapter_config.json) and ``weights`` (adapter_model.safetensors). The same content again is the
-    version that is there already.
+    As JSON ``{"name", "path"}`` or ``{"name", "composition"}``, or as multipart/form-data with the
+    parts ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors).
+    The same content again is the version that is there already.
     """
     service = _service(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         card = await _receive(request, service)
     elif kind == "application/json":
-        body = await read_body(request, RegisterRequest)
-        card = await _blocking(
-            partial(service.register_folder, body.name, body.path, tenant=DEFAULT_TENANT)
-        )
+        card = await _blocking(_registration(service, await read_body(request, RegisterRequest)))
     else:
         raise ContentTypeError(
             f"content type must be application/json or multipart/form-data, not {kind[:100]!r}",
@@ -165,6 +167,17 @@ async def unload_lora_adapter(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
+def _registration(service: AdapterService, body: RegisterRequest) -> Callable[[], AdapterCard]:
+    """What a JSON registration comes to. Raises RequestError unless it names one source."""
+    if body.path is not None and body.composition is None:
+        return partial(service.register_folder, body.name, body.path, tenant=DEFAULT_TENANT)
+    if body.composition is not None and body.path is None:
+        return partial(
+            service.register_composition, body.name, body.composition, tenant=DEFAULT_TENANT
+        )
+    raise RequestError("give either path or composition", param="path")
+
+
 async def _receive(request: Request, service: AdapterService) -> AdapterCard:
     """Write an upload to its staging folder as it comes, then register it."""
     async with _staging(service) as staging:
@@ -206,6 +219,7 @@ def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
 
     def described(card: AdapterCard) -> dict[str, Any]:
         resident = on_device.get(card.ref.digest)
+        whole = card.ref.composition
         return {
             "name": card.ref.name,
             "version": card.ref.version,
@@ -214,6 +228,7 @@ def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
             "max_rank": card.max_rank,
             "nbytes": card.nbytes,
             "created": card.created,
+            **({} if whole is None else {"composition": shown(whole)}),
             "resident": None if resident is None else _place(resident),
             "waiting": str(card.ref) in stats.waiting_adapters,
         }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
@@ -21,10 +22,11 @@ from manyhats.engine.loop import Deliver, EngineLoop
 from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
+from manyhats.engine.no_adapters import NoAdapters
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
-from manyhats.engine.residency import AdapterResidency, NoAdapters
+from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner, forward
 from manyhats.engine.sampling import Sampler
 from manyhats.engine.step import StepState
@@ -76,6 +78,7 @@ def build_engine(
             pool,
             load_adapter,
             host_bytes=settings.host_cache_mb << 20,
+            limits=AdapterLimits.of(settings),
             post=mailbox.post,
             observer=observer,
         )

@@ -19,7 +19,8 @@ from typing import Final, TypeVar
 
 from manyhats.adapters.lock import FileLock
 from manyhats.errors import ConfigError, ConflictError, RequestError, ServiceError
-from manyhats.types import AdapterRef, Digest, TenantId
+from manyhats.lifecycle.compositions import from_json, to_json
+from manyhats.types import AdapterRef, Composition, Digest, TenantId
 
 _T = TypeVar("_T")
 
@@ -50,6 +51,8 @@ _MIGRATIONS: Final = (
     ) WITHOUT ROWID;
     """,
     "ALTER TABLE adapters ADD COLUMN virtual_tokens INTEGER NOT NULL DEFAULT 0",
+    # A composition is all here: no folder of the store has its digest.
+    "ALTER TABLE adapters ADD COLUMN composition TEXT",
 )
 
 
@@ -125,6 +128,7 @@ class Registry:
         nbytes: int,
         source: str,
         virtual_tokens: int = 0,
+        composition: Composition | None = None,
     ) -> AdapterRef:
         """The next version of ``name``, or its newest one where that has the same digest already.
 
@@ -140,9 +144,10 @@ class Registry:
                 return versions[-1].ref
             self._check_room()
             created = int(self._clock())
+            stored = None if composition is None else to_json(composition)
             row = (digest, tenant, family, max_rank, nbytes, created, source, virtual_tokens)
-            version = self._write(lambda db: _insert(db, name, row))
-            ref = AdapterRef(name, version, digest, virtual_tokens)
+            version = self._write(lambda db: _insert(db, name, (*row, stored)))
+            ref = AdapterRef(name, version, digest, virtual_tokens, composition)
             record = AdapterRecord(ref, tenant, family, max_rank, nbytes, created, source)
             with self._reading:
                 self._generation += 1
@@ -198,9 +203,20 @@ class Registry:
             return self._uses[digest]
 
     def digests(self) -> set[Digest]:
-        """The content of every version."""
+        """The content of every version that the store keeps: compositions have none there."""
         with self._reading:
-            return set(self._uses)
+            refs = [record.ref for records in self._names.values() for record in records]
+        return {ref.digest for ref in refs if ref.composition is None}
+
+    def compositions_of(self, name: str) -> tuple[AdapterRef, ...]:
+        """The registered compositions that a version of ``name`` is a member of."""
+        with self._reading:
+            refs = [record.ref for records in self._names.values() for record in records]
+        return tuple(
+            ref
+            for ref in refs
+            if ref.composition and any(member.name == name for member in ref.composition.members)
+        )
 
     def _check_room(self) -> None:
         """Raises ConflictError where no further version may be added."""
@@ -265,16 +281,19 @@ def _insert(db: sqlite3.Connection, name: str, row: tuple[object, ...]) -> int:
         "SET last_version = last_version + 1 RETURNING last_version",
         (name,),
     ).fetchone()
-    db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (name, version, *row))
+    db.execute(
+        "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (name, version, *row)
+    )
     return int(version)
 
 
 def _read(db: sqlite3.Connection) -> dict[str, tuple[AdapterRecord, ...]]:
     names: dict[str, list[AdapterRecord]] = {}
-    for name, version, digest, tenant, virtual_tokens, *rest in db.execute(
-        "SELECT name, version, digest, tenant, virtual_tokens, family, max_rank, nbytes, created, "
-        "source FROM adapters ORDER BY name, version"
+    for name, version, digest, tenant, virtual_tokens, stored, *rest in db.execute(
+        "SELECT name, version, digest, tenant, virtual_tokens, composition, family, max_rank, "
+        "nbytes, created, source FROM adapters ORDER BY name, version"
     ):
-        ref = AdapterRef(name, version, Digest(digest), virtual_tokens)
+        composition = None if stored is None else from_json(stored)
+        ref = AdapterRef(name, version, Digest(digest), virtual_tokens, composition)
         names.setdefault(name, []).append(AdapterRecord(ref, TenantId(tenant), *rest))
     return {name: tuple(records) for name, records in names.items()}

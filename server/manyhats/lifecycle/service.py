@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
-from manyhats.adapters.files import locate
+from manyhats.adapters.compose import compose
+from manyhats.adapters.files import AdapterLimits, locate
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore, Staging
 from manyhats.errors import (
@@ -25,6 +27,7 @@ from manyhats.errors import (
     ModelNotFoundError,
     RequestError,
 )
+from manyhats.lifecycle.compositions import NamedComposition, resolve_composition
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.names import NearNames
 from manyhats.lifecycle.registry import AdapterRecord, Registry, check_name
@@ -63,8 +66,8 @@ def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -
 class AdapterService:
     """The adapters of one server; implements ``AdapterDirectory``. Thread-safe.
 
-    ``roots`` are the folders that may be registered from, ``max_bytes`` bounds an adapter's
-    weights, ``base_id`` is the base's own name. ``resolve``, ``list``, ``get`` and ``versions``
+    ``roots`` are the folders that may be registered from, ``limits`` bounds an adapter,
+    ``base_id`` is the base's own name. ``resolve``, ``list``, ``get`` and ``versions``
     answer from memory; the others block on the disk and belong on a worker thread.
     """
 
@@ -77,7 +80,7 @@ class AdapterService:
         residency: Residency,
         base_id: str,
         roots: Sequence[Path],
-        max_bytes: int,
+        limits: AdapterLimits,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -85,7 +88,7 @@ class AdapterService:
         self._residency = residency
         self._base_id = base_id
         self._roots = tuple(roots)
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._compiling = threading.Lock()  # the memory of one adapter at a time
         self._changing = threading.Lock()  # store and registry change together
         # Running requests may still hold these on the device: it must be told if they come back.
@@ -143,7 +146,7 @@ class AdapterService:
 
     def stage(self) -> AbstractContextManager[Staging]:
         """Room for an upload; gone at the block's end. Raises ServiceError (the disk)."""
-        return self._store.stage(self._max_bytes)
+        return self._store.stage(self._limits.max_bytes)
 
     def register_staged(
         self, name: str, staging: Staging, *, tenant: TenantId, source: str
@@ -180,6 +183,49 @@ class AdapterService:
         logger.info("adapter %s is registered: digest %s, from %s", ref, digest, source)
         return card
 
+    def register_composition(
+        self, name: str, wanted: NamedComposition, *, tenant: TenantId
+    ) -> AdapterCard:
+        """Register adapters worn as one, pinned to the versions that their names mean now.
+
+        Raises RequestError, ModelNotFoundError, AdapterRejectedError (what cannot be composed),
+        ConflictError, AdapterLoadError, ServiceError.
+        """
+        self.check(name)
+        resolve = partial(self.resolve, tenant=tenant)
+        ref = resolve_composition(wanted, resolve, "composition")
+        if ref.composition is None:
+            raise ValueError(f"{ref} is no composition")
+        with self._compiling:
+            members = [
+                load_adapter(self._store, self._compile, member.digest)
+                for member in ref.composition.members
+            ]
+            compiled = compose(ref, ref.composition, members, self._limits)
+            max_rank, nbytes = compiled.max_rank, compiled.nbytes
+            del members, compiled
+        with self._changing:
+            for member in ref.composition.members:
+                if resolve(str(member)) != member:  # raises where it was deleted meanwhile
+                    raise ConflictError(f"{member} has changed meanwhile", param="composition")
+            added = self._registry.add(
+                name,
+                ref.digest,
+                tenant=tenant,
+                family=ref.composition.kind.value,
+                max_rank=max_rank,
+                nbytes=nbytes,
+                source=ref.name,
+                virtual_tokens=ref.virtual_tokens,
+                composition=ref.composition,
+            )
+            if ref.digest in self._dropped:
+                self._dropped.remove(ref.digest)
+                self._residency.prefetch(added)
+            card = self.get(str(added), tenant)
+        logger.info("composition %s is registered: %s", added, ref.name)
+        return card
+
     def check(self, name: str) -> None:
         """What can be said before a byte is read. Raises RequestError or ConflictError."""
         check_name(name)
@@ -195,7 +241,8 @@ class AdapterService:
 
         New requests are refused from now on; those that hold a lease keep the copy on the device
         until they end. Bytes that another name refers to stay. Raises ModelNotFoundError,
-        RequestError (``name@version``), ServiceError.
+        RequestError (``name@version``), ConflictError (a registered composition has it as a
+        member), ServiceError.
         """
         if "@" in name:
             raise RequestError(
@@ -203,6 +250,13 @@ class AdapterService:
             )
         with self._changing:
             self.versions(name, tenant)
+            if holders := self._registry.compositions_of(name):
+                shown = ", ".join(map(str, holders[:5]))
+                raise ConflictError(
+                    f"adapter {name!r} is a member of {len(holders)} registered compositions: "
+                    f"{shown}; delete those first",
+                    param="name",
+                )
             refs = tuple(record.ref for record in self._registry.delete(name))
             unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
             for digest, ref in unused.items():
