@@ -16,6 +16,7 @@ from manyhats.engine.grammars import Grammars
 from manyhats.engine.graphs import CudaCapture, DecodeGraphs, GraphShape
 from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
+from manyhats.engine.kernels import check_rank
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
 from manyhats.engine.layers import install
 from manyhats.engine.loop import Deliver, EngineLoop
@@ -65,6 +66,7 @@ def build_engine(
     replaces the client's own delivery (for callers without an event loop). Raises ConfigError on
     sizes that cannot work.
     """
+    check_rank(kernels, settings.max_rank)
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
     pool, residency = None, None
