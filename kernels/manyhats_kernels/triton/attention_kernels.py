@@ -91,8 +91,11 @@ def attend(
 
 @triton.jit
 def divided(sums, total):
-    """sums / total, and 0 where a row saw nothing (the padding of a captured step)."""
-    return tl.where(total > 0.0, sums / tl.where(total > 0.0, total, 1.0), 0.0)
+    """sums / total, and 0 where a row saw nothing (the padding of a captured step).
+
+    One reciprocal a row: a division for each value would call a routine that wants a stack.
+    """
+    return sums * tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
 
 
 @triton.jit
@@ -191,8 +194,10 @@ def decode_kernel(
     )
     num_heads = tl.num_programs(1) * GROUP
     if DIRECT:
-        places = (token.to(tl.int64) * num_heads + heads)[:, None] * DIM + columns[None, :]
-        tl.store(out + places, divided(sums, total[:, None]), mask=shown)
+        # loaded again: kept over the loop, it would be the register too many
+        own = out + tl.load(query_start + sequence).to(tl.int64) * (num_heads * DIM)
+        places = heads[:, None] * DIM + columns[None, :]
+        tl.store(own + places, divided(sums, total[:, None]), mask=shown)
     else:
         place = (sequence.to(tl.int64) * num_heads + heads) * tl.num_programs(2) + split
         tl.store(parts + place[:, None] * DIM + columns[None, :], sums, mask=shown)
