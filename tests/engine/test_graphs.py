@@ -86,6 +86,7 @@ class StaticBackend(TritonAttention):
     name = "static"
     takes_static_plans = True
     lora_add = ReferenceBackend.lora_add
+    lora_add_group = ReferenceBackend.lora_add_group
     bias_add = ReferenceBackend.bias_add
 
 

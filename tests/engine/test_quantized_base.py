@@ -41,9 +41,12 @@ def adapters(base, repository):
     limits = AdapterLimits()
     found = {}
     for folder in sorted((repository / "examples" / "adapters").iterdir()):
-        if folder.is_dir():
+        if not folder.is_dir():
+            continue
+        config = read_config_file(folder / "adapter_config.json", limits)
+        if config["peft_type"] == "LORA" and not config.get("use_dora"):  # one PEFT model has all
             found[folder.name] = compile_adapter(
-                read_config_file(folder / "adapter_config.json", limits),
+                config,
                 read_weights(folder / "adapter_model.safetensors", limits),
                 base.spec,
                 limits,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -65,7 +67,9 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     The weights are large enough for greedy continuations to differ between prompts.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[name]), dtype=torch.float32
+    ).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
