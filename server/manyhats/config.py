@@ -166,6 +166,12 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
     )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
+    input_price: float = Field(
+        default=1.0, ge=0, le=1e6, description="A prompt token's cost in a tenant's share."
+    )
+    output_price: float = Field(
+        default=2.0, gt=0, le=1e6, description="A generated token's cost in a tenant's share."
+    )
 
     max_body_kb: int = Field(default=1024, ge=1, description="JSON body bound, KiB.")
     max_n: int = Field(default=16, ge=1, description="Bound of n.")

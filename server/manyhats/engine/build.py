@@ -29,6 +29,7 @@ from manyhats.engine.runner import ModelRunner, forward
 from manyhats.engine.sampling import Sampler
 from manyhats.engine.step import StepState
 from manyhats.scheduler.blocks import BlockManager
+from manyhats.scheduler.fair import FairShares, Prices, SharesOf, all_alike
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import Digest
 from manyhats_kernels import Capturable, Resolved
@@ -56,12 +57,13 @@ def build_engine(
     load_adapter: Callable[[Digest], CompiledAdapter],
     observer: EngineObserver,
     deliver: Deliver | None = None,
+    shares: SharesOf = all_alike,
 ) -> Engine:
     """Allocates caches and pools and wires the loop (not started yet).
 
     ``load_adapter`` reads a compiled adapter from the disk tier, in the base's dtype. ``deliver``
-    replaces the client's own delivery (for callers without an event loop). Raises ConfigError on
-    sizes that cannot work.
+    replaces the client's own delivery (for callers without an event loop). ``shares`` gives a
+    tenant's part. Raises ConfigError on sizes that cannot work.
     """
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
@@ -80,7 +82,7 @@ def build_engine(
             observer=observer,
         )
     install_projections(modules, base.shared, base.dtype, kernels.backend, state)
-    scheduler = _scheduler(settings, base, blocks, residency or NoAdapters())
+    scheduler = _scheduler(settings, base, blocks, residency or NoAdapters(), shares)
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
         scheduler=scheduler,
@@ -111,6 +113,7 @@ def _scheduler(
     base: BaseModel,
     blocks: BlockManager,
     residency: AdapterResidency | NoAdapters,
+    shares: SharesOf,
 ) -> Scheduler:
     return Scheduler(
         blocks,
@@ -119,6 +122,7 @@ def _scheduler(
         max_step_tokens=settings.max_step_tokens,
         max_queue=settings.max_queue,
         max_context=base.context_len,
+        fair=FairShares(shares, Prices(settings.input_price, settings.output_price)),
     )
 
 
