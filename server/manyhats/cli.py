@@ -17,7 +17,7 @@ import typer
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from manyhats import __version__
+from manyhats import __version__, cli_tenants
 from manyhats.config import Settings, unknown_variables
 from manyhats.errors import ConfigError
 
@@ -30,6 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+app.add_typer(cli_tenants.app)
 
 
 def _flag(name: str) -> str:

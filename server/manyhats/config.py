@@ -99,7 +99,19 @@ class Settings(BaseSettings):
         default=(), description="API keys with the admin role (comma-separated in the environment)."
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        default=(), description="API keys with the user role (comma-separated in the environment)."
+        default=(),
+        description="API keys with the tenant role (comma-separated in the environment).",
+    )
+    redis_url: SecretStr | None = Field(
+        default=None,
+        description="Redis that replicas share tenants, keys and quotas through (redis://host/0).",
+    )
+    metrics_open: bool = Field(
+        default=False, description="Show /metrics without a key, where keys are configured."
+    )
+    docs_open: bool = Field(
+        default=False,
+        description="Show /docs, /redoc and /openapi.json, where keys are configured.",
     )
     adapter_root: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
@@ -190,6 +202,11 @@ class Settings(BaseSettings):
         ge=1,
         description="Adapters with a label of their own in /metrics; the rest are 'other'.",
     )
+    metrics_tenants: int = Field(
+        default=200,
+        ge=1,
+        description="Tenants with a label of their own in /metrics; the rest are 'other'.",
+    )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
     @field_validator("home")
@@ -217,4 +234,5 @@ def unknown_variables() -> list[str]:
     """MANYHATS_* variables of the environment that no setting reads: misspelt ones, most likely."""
     prefix = str(Settings.model_config["env_prefix"])
     known = {prefix + name.upper() for name in Settings.model_fields}
+    known |= {prefix + "URL", prefix + "KEY"}  # of the commands that speak to a running server
     return sorted(v for v in os.environ if v.startswith(prefix) and v.upper() not in known)

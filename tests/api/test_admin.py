@@ -25,6 +25,8 @@ from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineStats, ResidentAdapter
+from manyhats.tenancy.directory import TenantDirectory
+from manyhats.tenancy.store_sqlite import SqliteTenantStore
 from manyhats.types import DEFAULT_TENANT
 
 
@@ -40,6 +42,7 @@ class Server:
             settings=settings,
             engine=SimpleNamespace(stats=self.stats),
             adapters=adapters.service,
+            tenants=TenantDirectory(SqliteTenantStore(":memory:")),
         )
         self.app.add_middleware(
             BodyLimitMiddleware, json_bytes=4096, upload_bytes=MAX_BYTES + UPLOAD_SLACK

@@ -1,7 +1,8 @@
 """Administration: register, list, show and delete adapters, in our own routes and in vLLM's.
 
-Every route needs the admin role. What blocks on the disk runs on worker threads, a few at a time,
-so that a crowd of uploads leaves threads to everybody else.
+Every route needs the operator's role and acts for one tenant (``api.auth.TENANT_HEADER``). What
+blocks on the disk runs on worker threads, a few at a time, so that a crowd of uploads leaves
+threads to everybody else.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse
 
 from manyhats.adapters.store import Staging
-from manyhats.api.auth import require_admin
+from manyhats.api.auth import acting_tenant, require_operator
 from manyhats.api.body import read_body
 from manyhats.api.schemas import StrictModel
 from manyhats.api.state import api_state
@@ -26,9 +27,8 @@ from manyhats.engine.interface import ResidentAdapter
 from manyhats.errors import ContentTypeError, ModelNotFoundError
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.service import AdapterService
-from manyhats.types import DEFAULT_TENANT
 
-router = APIRouter(tags=["admin"], dependencies=[Depends(require_admin)])
+router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
 
 _T = TypeVar("_T")
 _BLOCKING: Final = anyio.CapacityLimiter(8)
@@ -76,8 +76,9 @@ async def register(request: Request) -> dict[str, Any]:
         card = await _receive(request, service)
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
+        tenant = acting_tenant(request)
         card = await _blocking(
-            partial(service.register_folder, body.name, body.path, tenant=DEFAULT_TENANT)
+            partial(service.register_folder, body.name, body.path, tenant=tenant)
         )
     else:
         raise ContentTypeError(
@@ -90,7 +91,7 @@ async def register(request: Request) -> dict[str, Any]:
 @router.get("/admin/adapters")
 async def list_adapters(request: Request) -> dict[str, Any]:
     """Every registered version, by name, oldest first, and whether it is on the device."""
-    cards = _service(request).list(DEFAULT_TENANT)
+    cards = _service(request).list(acting_tenant(request))
     return {"object": "list", "data": [*map(_describe(request), cards)]}
 
 
@@ -98,8 +99,8 @@ async def list_adapters(request: Request) -> dict[str, Any]:
 async def show(request: Request, name: str) -> dict[str, Any]:
     """One version, by ``name`` (its newest) or ``name@version``, and the name's other versions."""
     service = _service(request)
-    card = service.get(name, DEFAULT_TENANT)
-    records = service.versions(card.ref.name, DEFAULT_TENANT)
+    card = service.get(name, acting_tenant(request))
+    records = service.versions(card.ref.name, acting_tenant(request))
     [source] = [r.source for r in records if r.ref == card.ref]
     return {
         **_describe(request)(card),
@@ -111,7 +112,7 @@ async def show(request: Request, name: str) -> dict[str, Any]:
 @router.delete("/admin/adapters/{name}")
 async def delete(request: Request, name: str) -> dict[str, Any]:
     """Delete every version of ``name``. Requests that run keep theirs until they end."""
-    refs = await _blocking(partial(_service(request).delete, name, DEFAULT_TENANT))
+    refs = await _blocking(partial(_service(request).delete, name, acting_tenant(request)))
     return {"name": name, "deleted": True, "versions": [ref.version for ref in refs]}
 
 
@@ -142,8 +143,9 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     """
     body = await read_body(request, LoadLoraRequest)
     service = _service(request)
+    tenant = acting_tenant(request)
     card = await _blocking(
-        partial(service.register_folder, body.lora_name, body.lora_path, tenant=DEFAULT_TENANT)
+        partial(service.register_folder, body.lora_name, body.lora_path, tenant=tenant)
     )
     service.prefetch(card.ref)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -159,7 +161,7 @@ async def unload_lora_adapter(request: Request) -> PlainTextResponse:
     body = await read_body(request, UnloadLoraRequest)
     name = body.lora_name
     try:
-        await _blocking(partial(_service(request).delete, name, DEFAULT_TENANT))
+        await _blocking(partial(_service(request).delete, name, acting_tenant(request)))
     except ModelNotFoundError:
         return PlainTextResponse("Success: no LoRA adapter of that name was loaded.")
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -167,13 +169,20 @@ async def unload_lora_adapter(request: Request) -> PlainTextResponse:
 
 async def _receive(request: Request, service: AdapterService) -> AdapterCard:
     """Write an upload to its staging folder as it comes, then register it."""
+    tenant = acting_tenant(request)
     async with _staging(service) as staging:
         reader = UploadReader(boundary_of(request), staging)
         async for chunk in request.stream():
             await _blocking(partial(reader.feed, chunk))
         name = reader.finish()
         return await _blocking(
-            partial(service.register_staged, name, staging, tenant=DEFAULT_TENANT, source="upload")
+            partial(
+                service.register_staged,
+                name,
+                staging,
+                tenant=tenant,
+                source="upload",
+            )
         )
 
 

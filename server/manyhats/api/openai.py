@@ -11,6 +11,7 @@ from manyhats.api.answers import chunks, whole_answer
 from manyhats.api.auth import Principal, require_user
 from manyhats.api.body import read_body
 from manyhats.api.logprobs import TokenLabels
+from manyhats.api.metering import metered
 from manyhats.api.middleware import CLIENT_GONE
 from manyhats.api.prompts import Job, plan_chat, plan_completion
 from manyhats.api.schemas import ChatRequest, CompletionRequest, request_body
@@ -78,13 +79,13 @@ async def create_chat_completion(request: Request, caller: Caller) -> Response:
 
 
 async def _answer(request: Request, job: Job, *, stream: bool, chat: bool) -> Response:
-    engine = api_state(request).engine
+    deltas = metered(api_state(request), job)
     labels: TokenLabels = request.app.state.manyhats_labels
     headers = {SERVED_BY: job.served_by}
     if stream:
-        return EventStream(chunks(engine, job, labels, chat=chat), headers)
+        return EventStream(chunks(deltas, job, labels, chat=chat), headers)
     try:
-        work = whole_answer(engine, job, labels, chat=chat)
+        work = whole_answer(deltas, job, labels, chat=chat)
         return _json(await while_connected(request.receive, work), headers)
     except ClientGoneError:
         return Response(status_code=CLIENT_GONE)

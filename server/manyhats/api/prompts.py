@@ -50,6 +50,21 @@ class Job:
     scoring: bool = False
 
     @property
+    def tenant(self) -> TenantId:
+        """Who pays."""
+        return self.requests[0].tenant
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each once however many choices it has."""
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+    @property
+    def most_output_tokens(self) -> int:
+        """Tokens that all choices may come to together."""
+        return sum(p.max_tokens for request in self.requests for p in request.params)
+
+    @property
     def served_by(self) -> str:
         """``name@version``, or ``baseline`` for the bare base."""
         return BASELINE if self.adapter is None else str(self.adapter)
@@ -78,7 +93,7 @@ async def plan_completion(state: ApiState, body: CompletionRequest, tenant: Tena
         room = fit(
             len(tokens),
             wanted,
-            COMPLETION_MAX_TOKENS,
+            _default(state, tenant, wanted, COMPLETION_MAX_TOKENS, "max_tokens"),
             _context(bounds, adapter),
             "prompt",
             "max_tokens",
@@ -99,7 +114,7 @@ async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job
     room = fit(
         len(tokens),
         wanted,
-        state.settings.default_max_tokens,
+        _default(state, tenant, wanted, state.settings.default_max_tokens, field),
         _context(bounds, adapter),
         "messages",
         field,
@@ -114,6 +129,18 @@ async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job
 def _context(bounds: sampling.Bounds, adapter: AdapterRef | None) -> int:
     """Tokens of the context that are left for prompt and answer by the adapter's virtual ones."""
     return bounds.model.context_len - (adapter.virtual_tokens if adapter is not None else 0)
+
+
+def _default(state: ApiState, tenant: TenantId, wanted: int | None, usual: int, field: str) -> int:
+    """``max_tokens`` where none is given. Raises RequestError where it is over the quota."""
+    quota = state.tenants.quotas(tenant).max_tokens
+    if quota is None:
+        return usual
+    if wanted is not None and wanted > quota:
+        raise RequestError(
+            f"{field} is {wanted}: this tenant's quota of max_tokens is {quota}", param=field
+        )
+    return min(usual, quota)
 
 
 def fit(

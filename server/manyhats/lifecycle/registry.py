@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from manyhats.adapters.lock import FileLock
-from manyhats.errors import ConfigError, ConflictError, RequestError, ServiceError
+from manyhats.errors import (
+    ConfigError,
+    ConflictError,
+    PermissionDeniedError,
+    RequestError,
+    ServiceError,
+)
+from manyhats.lifecycle.access import Access, OwnersOnly
 from manyhats.types import AdapterRef, Digest, TenantId
 
 _T = TypeVar("_T")
@@ -83,16 +90,23 @@ def check_name(name: str) -> None:
 class Registry:
     """Names and versions in the SQLite file ``path``. Thread-safe; reads never block on the disk.
 
-    ``max_versions`` bounds the versions kept in all. Raises ConfigError where the file is not a
+    ``max_versions`` bounds the versions kept in all; ``access`` says who may use what is another
+    tenant's (default: nobody). Raises ConfigError where the file is not a
     registry, is of a newer format, or is in use by another process (its snapshot would go stale).
     """
 
     def __init__(
-        self, path: Path, *, max_versions: int, clock: Callable[[], float] = time.time
+        self,
+        path: Path,
+        *,
+        max_versions: int,
+        clock: Callable[[], float] = time.time,
+        access: Access | None = None,
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._max_versions = max_versions
         self._clock = clock
+        self.access: Access = access or OwnersOnly()
         self._writing = threading.Lock()
         self._reading = threading.Lock()
         self._owner = FileLock(path.with_name(path.name + ".lock"))
@@ -129,7 +143,8 @@ class Registry:
         """The next version of ``name``, or its newest one where that has the same digest already.
 
         On the disk when it returns. Raises RequestError (the name), ConflictError (the name is
-        another tenant's, or the bound of versions is reached), ServiceError (the disk).
+        another tenant's, or the bound of versions is reached), PermissionDeniedError (the tenant's
+        quota), ServiceError (the disk).
         """
         check_name(name)
         with self._writing:
@@ -139,6 +154,7 @@ class Registry:
             if versions and versions[-1].ref.digest == digest:
                 return versions[-1].ref
             self._check_room()
+            self._check_quota(tenant, nbytes)
             created = int(self._clock())
             row = (digest, tenant, family, max_rank, nbytes, created, source, virtual_tokens)
             version = self._write(lambda db: _insert(db, name, row))
@@ -167,11 +183,12 @@ class Registry:
             return versions
 
     def resolve(self, model: str, tenant: TenantId) -> AdapterRecord | None:
-        """The newest version of a name, or exactly ``name@version``, if it is the tenant's."""
+        """The newest version of a name, or exactly ``name@version``, if the tenant may use it."""
         exact = _VERSIONED.fullmatch(model)
         versions = self.versions(exact[1] if exact else model)
         for record in reversed(versions):
-            if record.tenant == tenant and (exact is None or record.ref.version == int(exact[2])):
+            named = exact is None or record.ref.version == int(exact[2])
+            if named and self.may_use(record, tenant):
                 return record
         return None
 
@@ -181,10 +198,14 @@ class Registry:
             return self._names.get(name, ())
 
     def list(self, tenant: TenantId) -> list[AdapterRecord]:
-        """Every version of each of the tenant's names, by name, oldest first."""
+        """Every version of each name that the tenant may use, by name, oldest first."""
         with self._reading:
             names = sorted(self._names.items())
-        return [record for _, records in names for record in records if record.tenant == tenant]
+        return [r for _, records in names for r in records if self.may_use(r, tenant)]
+
+    def may_use(self, record: AdapterRecord, tenant: TenantId) -> bool:
+        """Whether the tenant may use, and know of, the version."""
+        return self.access.may_use(record.ref.name, record.tenant, tenant)
 
     @property
     def generation(self) -> int:
@@ -211,6 +232,23 @@ class Registry:
                 f"{count} adapter versions are registered, the bound is {self._max_versions} "
                 "(max_adapters); delete some first"
             )
+
+    def _check_quota(self, tenant: TenantId, nbytes: int) -> None:
+        """Raises PermissionDeniedError where one more would be over what the tenant may have."""
+        versions, size = self.access.adapter_bounds(tenant)
+        if versions is None and size is None:
+            return
+        mine = [r.nbytes for r in self.list(tenant) if r.tenant == tenant]
+        for quota, limit, wanted in (
+            ("adapters", versions, len(mine) + 1),
+            ("adapter_bytes", size, sum(mine) + nbytes),
+        ):
+            if limit is not None and wanted > limit:
+                raise PermissionDeniedError(
+                    f"{quota}: tenant {tenant!r} would have {wanted}, its quota is {limit}; delete "
+                    "some first",
+                    param=quota,
+                )
 
     def _write(self, run: Callable[[sqlite3.Connection], _T]) -> _T:
         """``run`` in one transaction: all of it is on the disk afterwards, or none."""

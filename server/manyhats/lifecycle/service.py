@@ -90,7 +90,7 @@ class AdapterService:
         self._changing = threading.Lock()  # store and registry change together
         # Running requests may still hold these on the device: it must be told if they come back.
         self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
-        self._near: tuple[int, TenantId, NearNames] | None = None
+        self._near: tuple[tuple[int, int, TenantId], NearNames] | None = None
         self._reconcile()
 
     def resolve(self, model: str, tenant: TenantId) -> AdapterRef | None:
@@ -116,9 +116,14 @@ class AdapterService:
     def versions(self, name: str, tenant: TenantId) -> tuple[AdapterRecord, ...]:
         """Every version of ``name``, oldest first. Raises ModelNotFoundError."""
         records = self._registry.versions(name)
-        if not records or records[-1].tenant != tenant:
+        if not records or not self._registry.may_use(records[-1], tenant):
             raise self._not_found(name, tenant)
         return records
+
+    def check_owner(self, name: str, tenant: TenantId) -> None:
+        """Raises ModelNotFoundError unless ``name`` is the tenant's own."""
+        if self.versions(name, tenant)[-1].tenant != tenant:
+            raise self._not_found(name, tenant)
 
     def register_folder(
         self, name: str, folder: str, *, tenant: TenantId, source: str | None = None
@@ -202,7 +207,8 @@ class AdapterService:
                 f"name {name[:140]!r}: a whole name is deleted, not one version", param="name"
             )
         with self._changing:
-            self.versions(name, tenant)
+            self.check_owner(name, tenant)
+            self._registry.access.forget(name)  # first: a death between leaves it private
             refs = tuple(record.ref for record in self._registry.delete(name))
             unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
             for digest, ref in unused.items():
@@ -226,7 +232,8 @@ class AdapterService:
     def _not_found(self, model: str, tenant: TenantId) -> ModelNotFoundError:
         message = f"no model or adapter {model[:140]!r}"
         name, at, _ = model.partition("@")
-        known = [r for r in self._registry.versions(name) if r.tenant == tenant] if at else []
+        records = self._registry.versions(name) if at else ()
+        known = [r for r in records if self._registry.may_use(r, tenant)]
         if known:
             newest = ", ".join(str(r.ref) for r in reversed(known[-5:]))
             return ModelNotFoundError(f"{message}; the newest of it: {newest}", param="model")
@@ -235,11 +242,12 @@ class AdapterService:
         return ModelNotFoundError(message + hint, param="model")
 
     def _near_names(self, tenant: TenantId) -> NearNames:
-        generation, near = self._registry.generation, self._near
-        if near is None or near[:2] != (generation, tenant):
+        state = (self._registry.generation, self._registry.access.revision, tenant)
+        near = self._near
+        if near is None or near[0] != state:
             names = {record.ref.name for record in self._registry.list(tenant)}
-            near = self._near = (generation, tenant, NearNames({*names, self._base_id}))
-        return near[2]
+            near = self._near = (state, NearNames({*names, self._base_id}))
+        return near[1]
 
 
 def _card(record: AdapterRecord) -> AdapterCard:
