@@ -7,16 +7,21 @@ AdapterRejectedError comes out.
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from support import adapterhub
 from support.families import TABLES, Good, good_adapters
 
 from manyhats.adapters.files import all_finite
+from manyhats.engine.model.spec import site_modules
+from manyhats.engine.model.weights import LoadedWeights
 from manyhats.errors import AdapterRejectedError
 
 CASES = 2000
@@ -53,11 +58,16 @@ NUMBERS = st.sampled_from([0.0, 1e-45, 3e38, -3e38, 1e20, float("nan"), float("i
 @st.composite
 def configurations(draw: st.DrawFn, good: Good) -> bytes:
     """The good one with fields changed, sometimes broken as text."""
-    table = TABLES.get(good.config["peft_type"])
-    known = sorted(good.config) + (sorted(table.known) if table is not None else [])
+    config = copy.deepcopy(good.config)
+    table = TABLES.get(config.get("peft_type"))
+    inner = config
+    if draw(st.booleans()):  # AdapterHub's methods lie deeper
+        inner = config["adapters"][0] if "adapters" in config else config
+        inner = inner.get("config", inner)
+    known = sorted(inner) + (sorted(table.known) if table is not None else [])
     names = st.sampled_from(known * 4) if draw(st.booleans()) else st.text(max_size=8)
-    changes = draw(st.dictionaries(names, VALUES, max_size=2))
-    text = json.dumps(good.config | changes)
+    inner |= draw(st.dictionaries(names, VALUES, max_size=2))
+    text = json.dumps(config)
     kind = draw(st.sampled_from(["whole"] * 9 + ["cut", "twice", "deep", "bytes"]))
     if kind == "cut":
         return text[: draw(st.integers(0, len(text)))].encode()
@@ -143,6 +153,17 @@ def mutate_header(draw: st.DrawFn, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
+@cache
+def seeds() -> dict[str, Good]:
+    """One of every family, and three of AdapterHub's."""
+    found = dict(good_adapters())
+    for name in ("compacter_shared", "mam", "fuse_pfeiffer"):
+        base = adapterhub.bases()["llama"]
+        weights = LoadedWeights(site_modules(base.model, base.spec))
+        found[f"adapterhub {name}"] = Good(*adapterhub.files_of(name), base.spec, weights)
+    return found
+
+
 @settings(
     max_examples=CASES,
     deadline=None,
@@ -150,7 +171,7 @@ def mutate_header(draw: st.DrawFn, data: bytes) -> bytes:
 )
 @given(data=st.data())
 def test_a_mutated_file_is_accepted_and_finite_or_refused_with_a_reason(data):
-    good = good_adapters()[data.draw(st.sampled_from(sorted(good_adapters())))]
+    good = seeds()[data.draw(st.sampled_from(sorted(seeds())))]
     side = data.draw(st.sampled_from(["config", "weights", "both"]))
     config = json.dumps(good.config).encode()
     file = save({name: tensor.contiguous() for name, tensor in good.tensors.items()})
@@ -172,5 +193,5 @@ def test_a_mutated_file_is_accepted_and_finite_or_refused_with_a_reason(data):
 
 
 def test_the_good_ones_pass_unmutated():
-    for good in good_adapters().values():
+    for good in seeds().values():
         assert good.attempt().sites

@@ -26,6 +26,7 @@ from manyhats_kernels.cpu import attend_sequence
 from manyhats_kernels.fourbit import FourBitWeight, check_matmul_4bit
 from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
 from manyhats_kernels.native.build import build, load
+from manyhats_kernels.native.dense import NativeDense
 from manyhats_kernels.native.parts import DTYPE_CODES, NativeParts, check_memory
 
 MAX_HEAD_DIM = 256
@@ -51,7 +52,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-class NativeBackend(NativeParts):
+class NativeBackend(NativeParts, NativeDense):
     """C kernels on the CPU; see :class:`manyhats_kernels.backend.Backend`.
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
@@ -74,7 +75,8 @@ class NativeBackend(NativeParts):
         self._unpack4 = library.mh_unpack4
         self._matmul = library.mh_matmul
         self._amx = library.mh_amx()
-        super().__init__(library)
+        NativeParts.__init__(self, library)
+        NativeDense.__init__(self, library)
 
     @classmethod
     def load(cls, cache_dir: Path) -> NativeBackend:

@@ -10,8 +10,9 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MH_NO_MEMORY (-1)
-#define LORA_TOKENS 32   /* tokens of a segment that one item takes */
-#define LORA_COLUMNS 256 /* columns of B that one item takes */
+#define LORA_TOKENS 32   /* tokens of a segment that one item takes, where there are many items */
+#define LORA_COLUMNS 256 /* columns of B that one item takes, likewise */
+#define LORA_MANY 32     /* this many items a thread: fewer are cut smaller, so that none waits long */
 #define LORA_SERIAL 49152 /* multiplications below which waking the other threads costs more than it saves */
 #define ATTN_ROWS 16     /* query rows (token x head of the group) that one item takes */
 #define ATTN_CHUNK 256   /* positions that one item takes */
@@ -43,6 +44,7 @@ typedef struct {
     const lora_segment *segments;
     float *scratch;
     int64_t segment_count, shrink_items, expand_items, shrink_grain, expand_grain;
+    int64_t token_step, column_step; /* tokens and columns of an item */
     int threads;
 } lora_args;
 
@@ -101,12 +103,31 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
 #define STORE store_fp32
 #include "typed.h"
 
+/* Numbers the work items of the segments, whose other fields are set. */
+static void plan_items(lora_args *g, lora_segment *segments) {
+    int64_t few = 0;
+    for (int64_t i = 0; i < g->segment_count; i++)
+        few += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, LORA_COLUMNS);
+    g->token_step = few < g->threads * LORA_MANY ? LORA_TOKENS / 4 : LORA_TOKENS;
+    g->column_step = few < g->threads * LORA_MANY ? LORA_COLUMNS / 4 : LORA_COLUMNS;
+    g->shrink_items = g->expand_items = 0;
+    for (int64_t i = 0; i < g->segment_count; i++) {
+        int64_t tokens = blocks_of(segments[i].tokens, g->token_step);
+        segments[i].shrink_first = g->shrink_items;
+        segments[i].expand_first = g->expand_items;
+        g->shrink_items += tokens * blocks_of(segments[i].count, 4);
+        g->expand_items += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, g->column_step);
+    }
+    g->shrink_grain = 1 + g->shrink_items / (g->threads * 16);
+    g->expand_grain = 1 + g->expand_items / (g->threads * 16);
+}
+
 EXPORT int64_t mh_lora_add(int dtype, int threads, const lora_site *sites, int64_t site_count, const void *x,
                            int64_t x_stride, int64_t in, const int32_t *order, const int32_t *slots,
                            const int32_t *offsets, int64_t segment_count) {
     lora_segment few[64], *segments = few;
     float little[4096], *scratch = little;
-    int64_t n = 0, shrunk = 0, work = 0, shrink_items = 0, expand_items = 0, failed = 0;
+    int64_t n = 0, shrunk = 0, work = 0, failed = 0;
     if (site_count * segment_count > 64 && !(segments = malloc(site_count * segment_count * sizeof *segments)))
         return MH_NO_MEMORY;
     for (int64_t i = 0; i < site_count * segment_count; i++) {
@@ -118,11 +139,9 @@ EXPORT int64_t mh_lora_add(int dtype, int threads, const lora_site *sites, int64
             failed = i + 1;
             goto done;
         }
-        segments[n++] = (lora_segment){site, offsets[at], tokens, first, rows, shrunk, shrink_items, expand_items};
+        segments[n++] = (lora_segment){site, offsets[at], tokens, first, rows, shrunk, 0, 0};
         shrunk += tokens * rows;
         work += tokens * rows * (in + site->out);
-        shrink_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(rows, 4);
-        expand_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(site->out, LORA_COLUMNS);
     }
     if (n == 0) goto done;
     if (work < LORA_SERIAL) threads = 1;
@@ -131,8 +150,9 @@ EXPORT int64_t mh_lora_add(int dtype, int threads, const lora_site *sites, int64
         failed = MH_NO_MEMORY;
         goto done;
     }
-    lora_args g = {x, x_stride, in, order, segments, scratch, n, shrink_items, expand_items,
-                   1 + shrink_items / (threads * 16), 1 + expand_items / (threads * 16), threads};
+    lora_args g = {.x = x, .x_stride = x_stride, .in = in, .order = order, .segments = segments, .scratch = scratch,
+                   .segment_count = n, .threads = threads};
+    plan_items(&g, segments);
     if (dtype == 0) lora_run_bf16(&g);
     else if (dtype == 1) lora_run_fp16(&g);
     else lora_run_fp32(&g);
@@ -222,5 +242,6 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
     return failed;
 }
 
+#include "dense_entry.h"
 #include "parts_entry.h"
 #include "quant4.h"

@@ -123,16 +123,16 @@ static void NAME(lora_run)(const lora_args *g) {
         for (int64_t item = 0; item < g->shrink_items; item++) {
             const lora_segment *seg = find_segment(g, item, 0);
             int64_t i = item - seg->shrink_first, blocks = (seg->count + TILE_ROWS - 1) / TILE_ROWS;
-            int64_t t0 = i / blocks * LORA_TOKENS, r0 = i % blocks * TILE_ROWS;
-            NAME(shrink)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), r0, least(r0 + TILE_ROWS, seg->count));
+            int64_t t0 = i / blocks * g->token_step, r0 = i % blocks * TILE_ROWS;
+            NAME(shrink)(g, seg, t0, least(t0 + g->token_step, seg->tokens), r0, least(r0 + TILE_ROWS, seg->count));
         }
 #pragma omp for schedule(dynamic, g->expand_grain)
         for (int64_t item = 0; item < g->expand_items; item++) {
             const lora_segment *seg = find_segment(g, item, 1);
             int64_t out = seg->site->out;
-            int64_t i = item - seg->expand_first, blocks = (out + LORA_COLUMNS - 1) / LORA_COLUMNS;
-            int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * LORA_COLUMNS;
-            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + LORA_COLUMNS, out));
+            int64_t i = item - seg->expand_first, blocks = blocks_of(out, g->column_step);
+            int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * g->column_step;
+            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + g->column_step, out));
         }
     }
 }

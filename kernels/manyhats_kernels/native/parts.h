@@ -66,8 +66,8 @@ static void NAME(bottleneck_run)(const lora_args *g, const float *bias, const in
         for (int64_t item = 0; item < g->shrink_items; item++) {
             const lora_segment *seg = find_segment(g, item, 0);
             int64_t i = item - seg->shrink_first, blocks = blocks_of(seg->count, 4);
-            int64_t t0 = i / blocks * LORA_TOKENS, r0 = i % blocks * 4;
-            NAME(shrink)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), r0, least(r0 + 4, seg->count));
+            int64_t t0 = i / blocks * g->token_step, r0 = i % blocks * 4;
+            NAME(shrink)(g, seg, t0, least(t0 + g->token_step, seg->tokens), r0, least(r0 + 4, seg->count));
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < g->segment_count; i++) {
@@ -80,9 +80,9 @@ static void NAME(bottleneck_run)(const lora_args *g, const float *bias, const in
         for (int64_t item = 0; item < g->expand_items; item++) {
             const lora_segment *seg = find_segment(g, item, 1);
             int64_t out = seg->site->out;
-            int64_t i = item - seg->expand_first, blocks = blocks_of(out, LORA_COLUMNS);
-            int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * LORA_COLUMNS;
-            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + LORA_COLUMNS, out));
+            int64_t i = item - seg->expand_first, blocks = blocks_of(out, g->column_step);
+            int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * g->column_step;
+            NAME(expand)(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + g->column_step, out));
         }
     }
 }

@@ -24,7 +24,7 @@ EXPORT int64_t mh_bottleneck_add(int dtype, int threads, void *y, int64_t y_stri
                                  const int32_t *start, const int32_t *count, const int32_t *kinds,
                                  const int32_t *token_slots, const int32_t *order, const int32_t *slots,
                                  const int32_t *offsets, int64_t segment_count) {
-    int64_t n = 0, shrunk = 0, shrink_items = 0, expand_items = 0, failed = 0;
+    int64_t n = 0, shrunk = 0, failed = 0;
     for (int64_t i = 0; i < segment_count; i++) {
         int64_t first = start[slots[i]], rows = count[slots[i]];
         if (rows < 0 || (rows > 0 && (first < 0 || first + rows > pool_rows))) return i + 1;
@@ -39,15 +39,14 @@ EXPORT int64_t mh_bottleneck_add(int dtype, int threads, void *y, int64_t y_stri
     for (int64_t i = 0; !failed && i < segment_count; i++) {
         int64_t first = start[slots[i]], rows = count[slots[i]], tokens = offsets[i + 1] - offsets[i];
         if (rows == 0) continue;
-        segments[n++] = (lora_segment){&site, offsets[i], tokens, first, rows, shrunk, shrink_items, expand_items};
+        segments[n++] = (lora_segment){&site, offsets[i], tokens, first, rows, shrunk, 0, 0};
         shrunk += tokens * rows;
-        shrink_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(rows, 4);
-        expand_items += blocks_of(tokens, LORA_TOKENS) * blocks_of(out, LORA_COLUMNS);
     }
     if (!failed) {
         if (shrunk * (in + out) < LORA_SERIAL) threads = 1;
-        lora_args g = {x, x_stride, in, order, segments, scratch, n, shrink_items, expand_items,
-                       1 + shrink_items / (threads * 16), 1 + expand_items / (threads * 16), threads};
+        lora_args g = {.x = x, .x_stride = x_stride, .in = in, .order = order, .segments = segments,
+                       .scratch = scratch, .segment_count = n, .threads = threads};
+        plan_items(&g, segments);
         if (dtype == 0) bottleneck_run_bf16(&g, down_bias, kinds, token_slots);
         else if (dtype == 1) bottleneck_run_fp16(&g, down_bias, kinds, token_slots);
         else bottleneck_run_fp32(&g, down_bias, kinds, token_slots);

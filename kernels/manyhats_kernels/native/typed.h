@@ -37,6 +37,8 @@ INLINE vf NAME(dot)(vf acc, PACK a, PACK b) { return acc + a * b; }
 
 #include "parts.h"
 
+#include "dense.h"
+
 #undef PACK
 #undef STEP
 #undef NATIVE_DOT

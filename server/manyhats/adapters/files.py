@@ -27,14 +27,21 @@ CONFIG_NAME: Final = "adapter_config.json"
 """The one name under which a configuration is looked for."""
 
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
-"""The one name under which weights are looked for."""
+"""The name under which weights are looked for first, and kept."""
+
+ADAPTERHUB_WEIGHTS_NAME: Final = "adapter.safetensors"
+"""The name under which AdapterHub's library saves them, looked for where there are no others."""
 
 _PICKLED_NAMES: Final = (
     "adapter_model.bin",
     "adapter_model.pt",
     "adapter_model.pth",
     "pytorch_model.bin",
+    "pytorch_adapter.bin",
 )
+_HEAD_NAMES: Final = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+"""What AdapterHub's library saves of a prediction head, beside an adapter."""
+
 _MAX_CONFIG_DEPTH: Final = 16
 
 
@@ -129,7 +136,8 @@ def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:
 
     Raises:
         AdapterRejectedError: ``path_not_allowed``, ``missing_file`` (says which),
-            ``pickle_refused`` (only a pickled file is there).
+            ``pickle_refused`` (only a pickled file is there), ``unsupported_feature`` (a prediction
+            head lies beside what AdapterHub saved).
     """
     allowed = [_resolve(root) for root in roots]
     home = _within(folder, allowed)
@@ -137,6 +145,10 @@ def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:
         raise AdapterRejectedError("missing_file", f"{shown(str(folder))} is not a folder")
     config = _regular(home / CONFIG_NAME, allowed)
     weights = _regular(home / WEIGHTS_NAME, allowed)
+    if weights is None:
+        weights = _regular(home / ADAPTERHUB_WEIGHTS_NAME, allowed)
+        if weights is not None:
+            _refuse_head(home)
     if weights is None:
         # lexists: where a link of that name leads is not looked at
         pickled = [name for name in _PICKLED_NAMES if os.path.lexists(home / name)]
@@ -151,6 +163,16 @@ def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:
             f"{shown(str(folder))} has no {CONFIG_NAME if config is None else WEIGHTS_NAME}",
         )
     return AdapterFiles(config_path=config, weights_path=weights)
+
+
+def _refuse_head(home: Path) -> None:
+    for name in _HEAD_NAMES:
+        if os.path.lexists(home / name):
+            raise AdapterRejectedError(
+                "unsupported_feature",
+                f"{shown(str(home))} has {name}: a prediction head is not served (save the adapter "
+                "with with_head=False if its head was not trained)",
+            )
 
 
 def read_config(data: bytes | bytearray, limits: AdapterLimits) -> dict[str, object]:

@@ -49,7 +49,9 @@ class SiteSpec:
     ``offset`` is what a norm adds to its weight (Gemma: 1), ``norm`` the rest of what it does (None
     where that is of no known kind: such a norm takes no gain). ``scale`` is what an embedding
     multiplies its rows by (Gemma: the square root of the width), ``tied_to`` the embedding whose
-    weight a head shares.
+    weight a head shares. ``rotary``: the frequencies, fp32 [pairs], by which an attention's keys
+    are rotated, where these are fixed, the same in every layer and all there is to the rotation,
+    and no window hides the oldest keys.
     """
 
     name: str
@@ -62,6 +64,7 @@ class SiteSpec:
     scale: float = 1.0
     tied_to: str | None = None
     norm: NormKind | None = None
+    rotary: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

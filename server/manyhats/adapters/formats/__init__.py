@@ -1,7 +1,8 @@
 """Importers: one per family of adapters, or a refusal by name with the reason.
 
 Families are named as PEFT's ``peft_type`` names them; every one of PEFT 0.21.2 is in one of the two
-tables, and BITFIT is a name of our own. docs/adapters.md says how each is compiled.
+tables, and BITFIT is a name of our own. What AdapterHub's library saved has no such name and goes
+to ``adapterhub``. docs/adapters.md says how each is compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from manyhats.adapters.base_weights import BaseWeights
 from manyhats.adapters.files import AdapterLimits, WeightsFile
 from manyhats.adapters.formats.adalora import compile_adalora
+from manyhats.adapters.formats.adapterhub import compile_adapterhub, is_adapterhub
 from manyhats.adapters.formats.bitfit import compile_beft, compile_bitfit
 from manyhats.adapters.formats.changes import C3A, FOURIERFT, HIRA, ROAD
 from manyhats.adapters.formats.ia3 import compile_ia3
@@ -129,14 +131,7 @@ def compile_adapter(
             ``bad_config``, ``no_module_matched``, ``unused_tensors``, ``missing_tensors``,
             ``shape_mismatch``, ``rank_too_large``, ``too_large``, ``non_finite``.
     """
-    family = config.get("peft_type")
-    if not isinstance(family, str):
-        raise AdapterRejectedError(
-            "bad_config", f"peft_type is {shown(family)}; it must name a family", param="peft_type"
-        )
-    importer = IMPORTERS.get(family)
-    if importer is None:
-        raise _refusal(family)
+    importer = compile_adapterhub if is_adapterhub(config) else _importer(config)
     job = Job(
         config=config,
         weights=weights,
@@ -148,6 +143,18 @@ def compile_adapter(
         derived=derived or NotKept(),
     )
     return importer(job)
+
+
+def _importer(config: Mapping[str, object]) -> Importer:
+    family = config.get("peft_type")
+    if not isinstance(family, str):
+        raise AdapterRejectedError(
+            "bad_config", f"peft_type is {shown(family)}; it must name a family", param="peft_type"
+        )
+    importer = IMPORTERS.get(family)
+    if importer is None:
+        raise _refusal(family)
+    return importer
 
 
 def _refusal(family: str) -> AdapterRejectedError:

@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 
 from manyhats.adapters.files import AdapterLimits
-from manyhats.adapters.parts import BaseSpec, LowRank, Prefix, Rows, SiteParts, SiteSpec
+from manyhats.adapters.parts import (
+    BaseSpec,
+    Bottleneck,
+    Fusion,
+    LowRank,
+    Prefix,
+    Rows,
+    SiteParts,
+    SiteSpec,
+)
 from manyhats.errors import AdapterRejectedError
 
 
@@ -99,6 +108,12 @@ class Builder:
     def prefix(self, site: SiteSpec, k: torch.Tensor, v: torch.Tensor, source: str) -> None:
         """[tokens, kv heads, head dim] each."""
         self._put(site, prefix=Prefix(k=self._job.cast(k, source), v=self._job.cast(v, source)))
+
+    def residual(
+        self, site: SiteSpec, bottlenecks: tuple[Bottleneck, ...], fusion: Fusion | None = None
+    ) -> None:
+        """Everything at a residual site, cast already."""
+        self._parts[site.name] = SiteParts(bottlenecks=bottlenecks, fusion=fusion)
 
     def converted(self, error: float) -> None:
         """A site whose weight change was approximated; the Frobenius norm left out over all."""

@@ -46,15 +46,14 @@ class FieldTable:
     refused: Mapping[str, Refusal]
 
     @property
+    def own(self) -> frozenset[str]:
+        """Every field of the three tables."""
+        return self.honoured | self.irrelevant.keys() | self.refused.keys()
+
+    @property
     def known(self) -> frozenset[str]:
-        """Every field that may be there."""
-        return (
-            COMMON_HONOURED
-            | COMMON_IRRELEVANT.keys()
-            | self.honoured
-            | self.irrelevant.keys()
-            | self.refused.keys()
-        )
+        """Every field that may be in a PEFT configuration."""
+        return COMMON_HONOURED | COMMON_IRRELEVANT.keys() | self.own
 
 
 def field_table(
@@ -72,7 +71,21 @@ def check_fields(config: Mapping[str, object], table: FieldTable) -> None:
     Raises:
         AdapterRejectedError: ``unsupported_feature`` or ``bad_config``; ``param`` is the field.
     """
-    for field, refusal in table.refused.items():
+    check_values(config, table.refused, table.known)
+    task = config.get("task_type")
+    if task is not None and task != "CAUSAL_LM":
+        raise AdapterRejectedError(
+            "unsupported_feature",
+            f"task_type {shown(task)} is not served; only CAUSAL_LM is",
+            param="task_type",
+        )
+
+
+def check_values(
+    config: Mapping[str, object], refused: Mapping[str, Refusal], known: frozenset[str]
+) -> None:
+    """Refuse what ``refused`` says, and every field that is not ``known``; see ``check_fields``."""
+    for field, refusal in refused.items():
         value = config.get(field)
         # `is` beside the type: 0 equals False and is not what PEFT writes
         neutral = value is None or any(
@@ -84,19 +97,12 @@ def check_fields(config: Mapping[str, object], table: FieldTable) -> None:
                 f"{refusal.name} is not served by this version ({field} is set)",
                 param=field,
             )
-    unknown = sorted(config.keys() - table.known)
+    unknown = sorted(config.keys() - known)
     if unknown:
         raise AdapterRejectedError(
             "bad_config",
             f"the field {shown(unknown[0])} is not known here; it may change what is computed",
             param=unknown[0][:64],
-        )
-    task = config.get("task_type")
-    if task is not None and task != "CAUSAL_LM":
-        raise AdapterRejectedError(
-            "unsupported_feature",
-            f"task_type {shown(task)} is not served; only CAUSAL_LM is",
-            param="task_type",
         )
 
 

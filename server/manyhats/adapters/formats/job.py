@@ -83,7 +83,7 @@ class Job:
     @property
     def hint(self) -> str:
         """For refusals that another base would explain."""
-        origin = self.config.get("base_model_name_or_path")
+        origin = self.config.get("base_model_name_or_path", self.config.get("model_name"))
         named = isinstance(origin, str) and origin
         trained_on = shown(origin) if named else "a base that it does not name"
         return f" (is it an adapter for another base? It names {trained_on})"
@@ -168,7 +168,7 @@ def _no_bias_hint(unused: Iterable[str], base: BaseSpec) -> str:
 def _metadata(job: Job, builder: Builder, extra: Mapping[str, str]) -> dict[str, str]:
     """What a listing of adapters shows; nothing is decided by it."""
     metadata = {**builder.metadata(), **extra}
-    for name in ("base_model_name_or_path", "peft_version"):
+    for name in ("base_model_name_or_path", "peft_version", "model_name"):
         value = job.config.get(name)
         if isinstance(value, str) and value:
             metadata[name] = value[:256]

@@ -135,8 +135,8 @@ def _kronecker(w1: torch.Tensor, w2: torch.Tensor, scaling: float, bound: int) -
     significant = int((ordered > ordered[0] * 1e-7).sum())
     keep = min(bound, significant)
     first, second = order[:keep] // len(s2), order[:keep] % len(s2)
-    a = (v1[first][:, :, None] * v2[second][:, None]).reshape(keep, -1)
-    b = (u1.t()[first][:, :, None] * u2.t()[second][:, None]).reshape(keep, -1)
+    a = (v1[first][:, :, None] * v2[second][:, None]).flatten(1)
+    b = (u1.t()[first][:, :, None] * u2.t()[second][:, None]).flatten(1)
     error = float(torch.linalg.norm(ordered[keep:]) / whole) if float(whole) > 0 else 0.0
     return a.float(), (b * ordered[:keep, None] * scaling).float(), error
 

@@ -42,6 +42,16 @@ def compile_prefix(job: Job) -> CompiledAdapter:
     """Compile PREFIX_TUNING or CARTRIDGE; see ``compile_adapter``."""
     check_fields(job.config, TABLE)
     tokens = virtual_tokens(job)
+    sites = prefix_sites(job)
+    heads, head_dim = sites[0].in_features, sites[0].out_features
+    shapes: dict[str, Shape] = {EMBEDDINGS: (tokens, 2 * len(sites) * heads * head_dim)}
+    section = Section(shapes, partial(_build, job, sites))
+    family = "cartridge" if job.config["peft_type"] == "CARTRIDGE" else "prefix_tuning"
+    return assemble(job, family, [section], virtual_tokens=tokens)
+
+
+def prefix_sites(job: Job) -> list[SiteSpec]:
+    """The attention of every layer, all of the same size; else ``unsupported_site``."""
     sites = [site for site in job.base.sites.values() if site.kind is SiteKind.ATTENTION]
     if len(sites) != job.base.num_layers:
         raise AdapterRejectedError(
@@ -49,16 +59,11 @@ def compile_prefix(job: Job) -> CompiledAdapter:
             f"the base has {len(sites)} attentions in {job.base.num_layers} layers; a prefix needs "
             "one in each",
         )
-    sizes = {(site.in_features, site.out_features) for site in sites}
-    if len(sizes) != 1:
+    if len({(site.in_features, site.out_features) for site in sites}) != 1:
         raise AdapterRejectedError(
             "unsupported_site", "the base's layers have attentions of different sizes"
         )
-    heads, head_dim = sizes.pop()
-    shapes: dict[str, Shape] = {EMBEDDINGS: (tokens, 2 * len(sites) * heads * head_dim)}
-    section = Section(shapes, partial(_build, job, sites))
-    family = "cartridge" if job.config["peft_type"] == "CARTRIDGE" else "prefix_tuning"
-    return assemble(job, family, [section], virtual_tokens=tokens)
+    return sites
 
 
 def _build(job: Job, sites: list[SiteSpec], builder: Builder) -> None:

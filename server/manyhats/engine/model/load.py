@@ -22,6 +22,7 @@ from manyhats.engine.model.attention import probe
 from manyhats.engine.model.default import ensure_default_model
 from manyhats.engine.model.digest import base_digest
 from manyhats.engine.model.fourbit import read_four_bits
+from manyhats.engine.model.fused import fuse
 from manyhats.engine.model.inputs import SharedInputs
 from manyhats.engine.model.quantized import (
     keep_copy,
@@ -34,6 +35,7 @@ from manyhats.engine.model.tokenizer import ModelTokenizer
 from manyhats.engine.model.wiring import Blocks
 from manyhats.errors import ConfigError
 from manyhats_kernels import FourBit
+from manyhats_kernels.dense import DenseOps
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,8 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
         settle_cpu_layout(module, dtype)
         if isinstance(backend, FourBit):
             read_four_bits(module, backend)
+        if device.type == "cpu" and isinstance(backend, DenseOps):
+            logger.info("%d norms and MLPs in one pass each", fuse(module, backend))
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model: {source!r} cannot be loaded: {error}", param="model") from error
     base = wrap_base(

@@ -1,8 +1,7 @@
 """The plainest application of a compiled adapter to a transformers model: what the parts mean.
 
 Forward hooks over the model's own modules, in the model's dtype, one sequence, no cache between
-calls. It is the oracle of the importers and of the engine, and slow. Parts of the residual stream
-(bottlenecks, fusion) have no module to hook and are refused.
+calls. It is the oracle of the importers and of the engine, and slow.
 """
 
 from __future__ import annotations
@@ -18,19 +17,17 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteParts, SiteSpec
+from manyhats.engine.model.stream_reference import with_stream_parts
 
 
 class PartsReference:
     """A model that wears one adapter while it is asked.
 
     ``model`` is a plain transformers model (its own attention, not quantized) that ``spec``
-    describes; it is as it was between calls. Raises ValueError for parts of a residual site.
+    describes; it is as it was between calls.
     """
 
     def __init__(self, model: PreTrainedModel, spec: BaseSpec, adapter: CompiledAdapter) -> None:
-        for name in adapter.sites:
-            if spec.sites[name].kind is SiteKind.RESIDUAL:
-                raise ValueError(f"{name}: parts of the residual stream have no module to hook")
         self._model = model
         self._spec = spec
         self._adapter = adapter
@@ -84,7 +81,11 @@ class PartsReference:
         modules = dict(self._model.named_modules())
         with ExitStack() as stack:
             for name, parts in self._adapter.sites.items():
-                site, module = self._spec.sites[name], modules[name]
+                site = self._spec.sites[name]
+                if site.kind is SiteKind.RESIDUAL:
+                    stack.enter_context(with_stream_parts(self._model, name, parts))
+                    continue
+                module = modules[name]
                 if site.kind is SiteKind.NORM:
                     stack.enter_context(_with_gain(site, module, parts))
                 elif site.kind is SiteKind.EMBEDDING:

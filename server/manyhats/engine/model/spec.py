@@ -16,6 +16,8 @@ from manyhats.engine.attention import AttentionShape
 from manyhats.engine.model.norms import norm_kind
 from manyhats.engine.model.wiring import Blocks
 
+_FIXED_ROTATIONS = frozenset({"default", "linear", "llama3"})
+
 
 def describe(
     model: PreTrainedModel,
@@ -31,12 +33,17 @@ def describe(
     """
     head = model.get_output_embeddings()
     attention = {id(module): shape for module, shape in layers}
+    rotary = _rotary(model)
     sites: dict[str, SiteSpec] = {}
     for name, module in model.named_modules():
         shape = attention.get(id(module))
         if shape is not None:
             site: SiteSpec | None = SiteSpec(
-                name, SiteKind.ATTENTION, shape.kv_heads, shape.head_dim
+                name,
+                SiteKind.ATTENTION,
+                shape.kv_heads,
+                shape.head_dim,
+                rotary=rotary if shape.sliding_window is None else None,
             )
         else:
             site = _site(name, module, is_head=module is head)
@@ -59,6 +66,19 @@ def site_modules(model: PreTrainedModel, spec: BaseSpec) -> Mapping[str, nn.Modu
         for name, site in spec.sites.items()
         if site.kind is not SiteKind.RESIDUAL
     }
+
+
+def _rotary(model: PreTrainedModel) -> torch.Tensor | None:
+    """The frequencies of the one module that rotates, unless they depend on the length."""
+    found = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)]
+    if len(found) != 1:
+        return None
+    module: Any = found[0]
+    fixed = getattr(module, "rope_type", None) in _FIXED_ROTATIONS
+    if not fixed or getattr(module, "attention_scaling", 1.0) != 1.0:
+        return None
+    frequencies: torch.Tensor = module.inv_freq.detach().float().cpu().clone()
+    return frequencies
 
 
 def _shared_with(head: Any, model: PreTrainedModel) -> str | None:

@@ -46,6 +46,13 @@ class _Layer:
     seen: dict[int, torch.Tensor] = field(default_factory=dict)
     end: torch.Tensor | None = None
 
+    @property
+    def blocks(self) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """By residual site."""
+        first, attention, second, mlp = self.modules
+        pairs = ((first, attention), (second, mlp))
+        return {f"{self.name}.{place}": pair for place, pair in zip(PLACES, pairs, strict=True)}
+
     def holds(self) -> bool:
         """Whether the numbers bear the guess out."""
         if len(self.seen) < len(self.modules) or self.end is None:
@@ -83,8 +90,13 @@ def watch(model: nn.Module, layers: Sequence[str], tokens: int) -> Iterator[dict
             handle.remove()
     for guess in guesses:
         if guess.holds():
-            for place, at in zip(PLACES, (0, 2), strict=True):
-                found[f"{guess.name}.{place}"] = guess.modules[at : at + 2]
+            found.update(guess.blocks)
+
+
+def blocks_of(name: str, layer: nn.Module) -> Blocks:
+    """The layer's blocks as the names in it tell, unchecked; empty where they are not known."""
+    guess = _guess(name, layer)
+    return {} if guess is None else guess.blocks
 
 
 def _guess(name: str, layer: nn.Module) -> _Layer | None:
