@@ -26,7 +26,7 @@ from manyhats.adapters.files import AdapterLimits, read_config_file, read_weight
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin
+from manyhats.api import admin, rollouts
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -40,6 +40,7 @@ from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.residency import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService, load_adapter
 from manyhats.metrics import Metrics
 from manyhats.types import DEFAULT_TENANT, Digest
@@ -101,7 +102,9 @@ def build(settings: Settings) -> Application:
         metrics=metrics,
         grammar=engine.grammars,
     )
-    api = create_api(state, [admin.router], partial(_lifespan, engine=engine))
+    api = create_api(
+        state, [admin.router, rollouts.router], partial(_lifespan, engine=engine, adapters=adapters)
+    )
     return Application(settings, engine, adapters, api, closing=(registry.close, store.close))
 
 
@@ -190,13 +193,16 @@ def _compile_folder(
 
 
 @asynccontextmanager
-async def _lifespan(_app: FastAPI, *, engine: Engine) -> AsyncIterator[None]:
+async def _lifespan(
+    _app: FastAPI, *, engine: Engine, adapters: AdapterService
+) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
-        yield
+        async with scheduled(adapters.rollouts):
+            yield
     finally:
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
