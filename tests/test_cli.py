@@ -49,6 +49,7 @@ OTHER = {
     "host": "127.0.0.2",
     "log_level": "debug",
     "kernels": "torch",
+    "max_conversion_error": "0.5",
 }
 
 

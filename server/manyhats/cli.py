@@ -18,6 +18,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from manyhats import __version__
+from manyhats.commands import adapters
 from manyhats.config import Settings, unknown_variables
 from manyhats.errors import ConfigError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.add_typer(adapters.app, name="adapters")
 
 
 def _flag(name: str) -> str:

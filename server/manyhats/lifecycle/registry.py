@@ -241,7 +241,14 @@ class Registry:
     def entries(self) -> tuple[Entry, ...]:
         """Every name, sorted."""
         with self._reading:
-            return tuple(entry for _, entry in sorted(self._entries.items()))
+            found = tuple(self._entries.values())
+        return tuple(sorted(found, key=lambda entry: entry.name))
+
+    def scheduled(self) -> tuple[Entry, ...]:
+        """The names whose canary has a schedule."""
+        with self._reading:
+            found = tuple(self._entries.values())
+        return tuple(e for e in found if e.route.canary and e.route.canary.schedule)
 
     def audit(
         self, *, name: str | None = None, after: int = 0, limit: int = 100

@@ -177,7 +177,7 @@ class Rollouts:
         promoted; after a lower one it stays as it is. Raises ServiceError.
         """
         now = self._clock()
-        for entry in self._registry.entries():
+        for entry in self._registry.scheduled():
             if _is_due(entry.route, now):
                 self._advance(entry, check(entry.name, entry.route) if check else None, now)
 
