@@ -69,10 +69,10 @@ def test_usage(server, run):
 
 def test_what_the_server_refuses_is_one_line_and_exit_code_1(run):
     for words, key, said in (
-        (("show", "nobody"), "admin", "manyhats: 404: no tenant 'nobody'\n"),
-        (("list",), "user", "manyhats: 403: this needs an API key with the admin role\n"),
-        (("list",), "", "manyhats: 401: an API key is needed"),
-        (("create", "a b"), "admin", "manyhats: 400: id: "),
+        (("show", "nobody"), "admin", "manyhats: no tenant 'nobody'\n"),
+        (("list",), "user", "manyhats: this needs an API key with the admin role\n"),
+        (("list",), "", "manyhats: an API key is needed"),
+        (("create", "a b"), "admin", "manyhats: id: "),
     ):
         result = run(*words, key=key)
         assert (result.exit_code, result.stdout) == (1, "")
@@ -90,5 +90,5 @@ def test_a_quota_that_is_none_is_exit_code_2(run, quota):
 def test_a_server_that_does_not_answer_is_one_line(run):
     result = run("list", "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
-    assert "http://127.0.0.1:1 does not answer" in result.stderr
-    assert run("list", "--url", "file:///etc/passwd").exit_code == 2
+    assert "no answer from http://127.0.0.1:1" in result.stderr
+    assert run("list", "--url", "file:///etc/passwd").exit_code == 1

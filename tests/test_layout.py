@@ -128,7 +128,7 @@ def test_adapters_are_resolved_only_where_the_tenant_is_asked_for(trees):
     (directory,) = [t for p, t in trees.items() if p == lifecycle / "directory.py"]
     methods = [n for n in ast.walk(directory) if isinstance(n, FUNCTIONS)]
     takes = {m.name: [a.arg for a in m.args.args] for m in methods}
-    assert takes == {"resolve": ["self", "model", "tenant"], "list": ["self", "tenant"]}
+    assert takes == {"resolve": ["self", "model", "tenant", "hint"], "list": ["self", "tenant"]}
 
 
 def test_nothing_is_asserted_or_printed(trees):

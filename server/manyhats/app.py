@@ -26,7 +26,7 @@ from manyhats.adapters.files import AdapterLimits, read_config_file, read_weight
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin, sharing, tenants, usage
+from manyhats.api import admin, rollouts, sharing, tenants, usage
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -40,6 +40,7 @@ from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.residency import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService, load_adapter
 from manyhats.metrics import Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
@@ -109,8 +110,9 @@ def build(settings: Settings) -> Application:
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
     )
-    routers = [admin.router, sharing.router, tenants.router, usage.router]
-    api = create_api(state, routers, partial(_lifespan, engine=engine, tenancy=tenancy))
+    modules = (admin, rollouts, sharing, tenants, usage)
+    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    api = create_api(state, [module.router for module in modules], lifespan)
     closing = (registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
 
@@ -210,14 +212,17 @@ def _compile_folder(
 
 
 @asynccontextmanager
-async def _lifespan(_app: FastAPI, *, engine: Engine, tenancy: Tenancy) -> AsyncIterator[None]:
+async def _lifespan(
+    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
         with tenancy.directory.keep_fresh():
-            yield
+            async with scheduled(adapters.rollouts):
+                yield
     finally:
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()

@@ -17,7 +17,8 @@ import typer
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from manyhats import __version__, cli_tenants
+from manyhats import __version__
+from manyhats.commands import adapters, tenants
 from manyhats.config import Settings, unknown_variables
 from manyhats.errors import ConfigError
 
@@ -30,8 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-app.add_typer(cli_tenants.app)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(tenants.app, name="tenants")
 
 
 def _flag(name: str) -> str:

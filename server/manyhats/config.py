@@ -14,6 +14,9 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
+"""Variables of the commands that speak to a running server; no settings of a server."""
+
 
 class Quantization(enum.StrEnum):
     """How the base's linear weights are kept."""
@@ -233,6 +236,5 @@ class Settings(BaseSettings):
 def unknown_variables() -> list[str]:
     """MANYHATS_* variables of the environment that no setting reads: misspelt ones, most likely."""
     prefix = str(Settings.model_config["env_prefix"])
-    known = {prefix + name.upper() for name in Settings.model_fields}
-    known |= {prefix + "URL", prefix + "KEY"}  # of the commands that speak to a running server
+    known = {prefix + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES
     return sorted(v for v in os.environ if v.startswith(prefix) and v.upper() not in known)

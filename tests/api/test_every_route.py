@@ -8,7 +8,7 @@ import pytest
 from fastapi import APIRouter
 from support.api import Api, settings_of
 
-from manyhats.api import admin, sharing, tenants, usage
+from manyhats.api import admin, rollouts, sharing, tenants, usage
 from manyhats.api.auth import OPEN_ROUTES, needed_role
 from manyhats.tenancy.model import Role, Tenant
 
@@ -29,7 +29,8 @@ async def new_route() -> str:
 
 def make(**settings) -> tuple[Api, dict[Role, str]]:
     """The whole application, two routes whose author thought of nothing, and a key of each role."""
-    routers = [admin.router, sharing.router, tenants.router, usage.router, forgetful]
+    own = (admin, rollouts, sharing, tenants, usage)
+    routers = [*(module.router for module in own), forgetful]
     api = Api(settings=settings_of(**KEYS, **settings), routers=routers)
     api.tenants.create(Tenant(id="acme"))
     return api, {role: api.tenants.issue("acme", role)[1] for role in Role}
@@ -71,7 +72,7 @@ def test_the_whole_application_is_seen():
     api, _ = make()
     seen = routes(api)
     assert {("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/version")} <= set(seen)
-    assert len([1 for _, path in seen if path.startswith("/admin")]) > 12
+    assert len([1 for _, path in seen if path.startswith("/admin")]) > 20
 
 
 def test_every_route_but_the_health_ones_is_refused_without_a_key_and_with_a_wrong_one():
@@ -103,7 +104,9 @@ def test_every_admin_route_is_refused_with_a_lesser_role():
         ("/admin/tenants", Role.ADMIN),
         ("/admin/tenants/{tenant}/keys", Role.ADMIN),
         ("/admin/keys/{key}", Role.ADMIN),
+        ("/admin/audit", Role.ADMIN),
         ("/admin/adapters", Role.OPERATOR),
+        ("/admin/adapters/{name}/canary", Role.OPERATOR),
         ("/admin/tenantsandmore", Role.OPERATOR),
         ("/admin", Role.OPERATOR),
         ("/metrics", Role.OPERATOR),

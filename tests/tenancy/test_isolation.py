@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from support.adapter_service import BASE_ID, open_adapters, write_adapter
 
-from manyhats.errors import ModelNotFoundError, NotFoundError, PermissionDeniedError
+from manyhats.errors import ConflictError, ModelNotFoundError, NotFoundError, PermissionDeniedError
+from manyhats.lifecycle.audit import Cause
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.model import Grant, Quotas, Tenant, Visibility
@@ -58,7 +59,7 @@ def test_a_private_adapter_is_as_one_that_does_not_exist(adapters):
     assert names(adapters, A) == ["secret@1", "secret@2"]
     for tenant in (B, DEFAULT_TENANT):
         assert names(adapters, tenant) == []
-        for call in (service.resolve, service.get, service.versions, service.check_owner):
+        for call in (service.resolve, service.get, service.visible, service.entry):
             for form in ("{}", "{}@1", "{}@7", "{}t"):
                 there = refusal(call, form.format("secret"), tenant)
                 absent = refusal(call, form.format("public"), tenant)
@@ -95,8 +96,8 @@ def test_public_for_everybody_and_its_owners_to_change(adapters, tenants):
     for tenant in (A, B, C, DEFAULT_TENANT):
         assert adapters.service.resolve("secret@1", tenant) == card.ref
     refusal(adapters.service.delete, "secret", B)
-    refusal(adapters.service.check_owner, "secret", B)
-    adapters.service.check_owner("secret", A)
+    refusal(adapters.service.entry, "secret", B)
+    assert adapters.service.visible("secret", B) == adapters.service.entry("secret", A)
 
 
 def test_what_was_said_of_a_name_goes_with_it(adapters, tenants):
@@ -105,6 +106,35 @@ def test_what_was_said_of_a_name_goes_with_it(adapters, tenants):
     adapters.service.delete("secret", A)
     register(adapters, "secret", A)
     assert names(adapters, B) == []
+
+
+def test_a_name_that_keeps_a_version_keeps_what_was_said_of_it(adapters, tenants):
+    for seed in (0, 1):
+        register(adapters, "secret", A, seed=seed)
+    grant(tenants, Visibility.SHARED, B)
+    with pytest.raises(ConflictError):
+        adapters.service.delete("secret", A)
+    assert names(adapters, B) == ["secret@1", "secret@2"]
+    adapters.service.delete("secret@1", A)
+    assert names(adapters, B) == ["secret@2"]
+    adapters.service.delete("secret@2", A)
+    assert tenants.grant("secret", A) is None
+
+
+def test_who_may_use_a_name_gets_its_route_and_may_not_change_it(adapters, tenants):
+    for seed in (0, 1):
+        register(adapters, "secret", A, seed=seed)
+    grant(tenants, Visibility.SHARED, B)
+    rollouts, cause = adapters.service.rollouts, Cause("b/operator")
+    with pytest.raises(ModelNotFoundError):
+        rollouts.promote("secret", B, cause, 1)
+    with pytest.raises(ModelNotFoundError):
+        rollouts.retire("secret", B, cause, 1)
+    assert adapters.service.resolve("secret", B).version == 2
+    rollouts.promote("secret", A, cause, 1)
+    assert adapters.service.resolve("secret", B).version == 1
+    rollouts.retire("secret", A, cause, 2)
+    assert names(adapters, B) == ["secret@1"]
 
 
 def test_a_grant_says_nothing_of_another_owners_adapter(adapters, tenants):

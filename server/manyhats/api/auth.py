@@ -16,7 +16,7 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
@@ -34,17 +34,27 @@ OPEN_ROUTES: Final = frozenset({"/healthz", "/readyz", "/health"})
 """The routes that ask for no key, ever."""
 METRICS_ROUTE: Final = "/metrics"
 _OPERATORS: Final = frozenset({METRICS_ROUTE, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-_ADMINS: Final = ("/admin/tenants", "/admin/keys")
+_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/audit")
 
 _USABLE = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is asking, and the tenant that it acts for."""
+    """Who is asking: ``tenant`` is the one that it acts for, ``home`` the one whose key it has.
+
+    ``key`` is the id of an issued key, empty for one of the settings and where there is none.
+    """
 
     role: Role
     tenant: TenantId
+    home: TenantId
+    key: str = ""
+
+    @property
+    def actor(self) -> str:
+        """Who makes a change, as the audit log names them."""
+        return "/".join(filter(None, (self.home, self.role.value, self.key)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +178,7 @@ def _demand(request: Request, role: Role) -> Principal:
 def _principal(request: Request) -> Principal:
     if _keys(request).is_open and not _tenants(request).has_keys:
         _refuse_web_pages(request)
-        return _acting(request, Principal(Role.ADMIN, DEFAULT_TENANT))
+        return _acting(request, Principal(Role.ADMIN, DEFAULT_TENANT, DEFAULT_TENANT))
     headers = request.headers.getlist("authorization")
     scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
@@ -181,10 +191,11 @@ def _holder(request: Request, token: bytes) -> Principal:
     issued = _tenants(request).authenticate(token)
     role = _keys(request).role(token)
     if role is not None:
-        return Principal(role, DEFAULT_TENANT)
+        return Principal(role, DEFAULT_TENANT, DEFAULT_TENANT)
     if issued is None:
         raise AuthenticationError("the API key is not known, or has ended")
-    return Principal(issued.role, TenantId(issued.tenant))
+    home = TenantId(issued.tenant)
+    return Principal(issued.role, home, home, issued.id)
 
 
 def _acting(request: Request, principal: Principal) -> Principal:
@@ -195,7 +206,7 @@ def _acting(request: Request, principal: Principal) -> Principal:
     if not principal.role.covers(Role.OPERATOR):
         raise PermissionDeniedError(f"{TENANT_HEADER}: this key acts for its own tenant alone")
     tenant = _tenants(request).tenant(", ".join(named))
-    return Principal(principal.role, TenantId(tenant.id))
+    return replace(principal, tenant=TenantId(tenant.id))
 
 
 def _tenants(request: Request) -> TenantDirectory:

@@ -18,6 +18,7 @@ from manyhats.api.schemas import ChatRequest, CompletionRequest, SamplingFields
 from manyhats.api.state import ApiState
 from manyhats.engine.interface import ChatTemplateError, Tokenizer
 from manyhats.errors import ContextLengthError, RequestError
+from manyhats.lifecycle.routes import RouteHint
 from manyhats.types import AdapterRef, GenerationRequest, SamplingParams, TenantId
 
 INLINE_CHARS = 4096
@@ -70,10 +71,12 @@ class Job:
         return BASELINE if self.adapter is None else str(self.adapter)
 
 
-async def plan_completion(state: ApiState, body: CompletionRequest, tenant: TenantId) -> Job:
+async def plan_completion(
+    state: ApiState, body: CompletionRequest, tenant: TenantId, hint: RouteHint | None = None
+) -> Job:
     """The job of a completions request. Raises RequestError and its kin, naming field and bound."""
     bounds = sampling.Bounds(state.settings, state.engine.model)
-    adapter = state.adapters.resolve(body.model, tenant)
+    adapter = state.adapters.resolve(body.model, tenant, hint)
     sampling.check(body, bounds)
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens is 0: at least 1, unless echo is true", param="max_tokens")
@@ -104,10 +107,12 @@ async def plan_completion(state: ApiState, body: CompletionRequest, tenant: Tena
     return _job(state, "cmpl", body, tenant, adapter, encoded, params, echo=echo, scoring=scoring)
 
 
-async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job:
+async def plan_chat(
+    state: ApiState, body: ChatRequest, tenant: TenantId, hint: RouteHint | None = None
+) -> Job:
     """The job of a chat request. Raises RequestError and its kin, naming field and bound."""
     bounds = sampling.Bounds(state.settings, state.engine.model)
-    adapter = state.adapters.resolve(body.model, tenant)
+    adapter = state.adapters.resolve(body.model, tenant, hint)
     sampling.check(body, bounds)
     field, wanted = _chat_max_tokens(body)
     tokens = await _encode_chat(state.engine.tokenizer, body)

@@ -30,7 +30,7 @@ class VisibilityRequest(StrictModel):
 async def show_visibility(request: Request, name: str) -> dict[str, Any]:
     """Who may use the adapters of ``name`` beside the tenant that owns it."""
     tenant = acting_tenant(request)
-    _service(request).check_owner(name, tenant)
+    _service(request).entry(name, tenant)
     found = api_state(request).tenants.grant(name, tenant)
     return _shown(found or Grant(name=name, owner=tenant, visibility=Visibility.PRIVATE))
 
@@ -42,7 +42,7 @@ async def set_visibility(request: Request, name: str) -> dict[str, Any]:
     It counts from the next request on; those that run end as they began.
     """
     tenant = acting_tenant(request)
-    _service(request).check_owner(name, tenant)
+    _service(request).entry(name, tenant)
     body = await read_body(request, VisibilityRequest)
     if bool(body.shared_with) != (body.visibility is Visibility.SHARED):
         raise RequestError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
+from manyhats.errors import PermissionDeniedError
 from manyhats.types import TenantId
 
 
@@ -42,3 +44,23 @@ class OwnersOnly:
 
     def forget(self, name: str) -> None:
         """Nothing was said of it."""
+
+
+def check_quota(access: Access, tenant: TenantId, owned: Iterable[int], nbytes: int) -> None:
+    """Raises PermissionDeniedError where one version more, of ``nbytes`` bytes, would be over what
+    the tenant may have; ``owned`` are the bytes of each that it has.
+    """
+    versions, size = access.adapter_bounds(tenant)
+    if versions is None and size is None:
+        return
+    sizes = [*owned, nbytes]
+    for quota, limit, wanted in (
+        ("adapters", versions, len(sizes)),
+        ("adapter_bytes", size, sum(sizes)),
+    ):
+        if limit is not None and wanted > limit:
+            raise PermissionDeniedError(
+                f"{quota}: tenant {tenant!r} would have {wanted}, its quota is {limit}; delete "
+                "some first",
+                param=quota,
+            )

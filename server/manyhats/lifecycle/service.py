@@ -1,4 +1,4 @@
-"""Registering, listing and deleting adapters: store, registry and residency as one.
+"""Registering, listing, finding and deleting adapters: store, registry and residency as one.
 
 A registration is staged, copied, compiled (which is the validation), committed to the store, and
 entered in the registry last: until then nothing of it can be seen, and a failure leaves nothing.
@@ -7,6 +7,7 @@ entered in the registry last: until then nothing of it can be seen, and a failur
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,11 +24,21 @@ from manyhats.errors import (
     AdapterRejectedError,
     ConflictError,
     ModelNotFoundError,
-    RequestError,
 )
+from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.names import NearNames
-from manyhats.lifecycle.registry import AdapterRecord, Registry, check_name
+from manyhats.lifecycle.records import (
+    AdapterRecord,
+    Entry,
+    Registration,
+    State,
+    check_name,
+    split_version,
+)
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.rollouts import Rollouts
+from manyhats.lifecycle.routes import BASELINE, RouteHint, Side, drawn
 from manyhats.types import AdapterRef, Digest, TenantId
 
 logger = logging.getLogger(__name__)
@@ -64,8 +75,9 @@ class AdapterService:
     """The adapters of one server; implements ``AdapterDirectory``. Thread-safe.
 
     ``roots`` are the folders that may be registered from, ``max_bytes`` bounds an adapter's
-    weights, ``base_id`` is the base's own name. ``resolve``, ``list``, ``get`` and ``versions``
-    answer from memory; the others block on the disk and belong on a worker thread.
+    weights, ``base_id`` is the base's own name. ``resolve``, ``list``, ``get``, ``visible`` and
+    ``entry`` answer from memory; the others block on the disk and belong on a worker thread.
+    ``rollouts`` changes which version a name means.
     """
 
     def __init__(
@@ -91,48 +103,83 @@ class AdapterService:
         # Running requests may still hold these on the device: it must be told if they come back.
         self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
         self._near: tuple[tuple[int, int, TenantId], NearNames] | None = None
+        self.rollouts = Rollouts(registry, self.entry)
         self._reconcile()
 
-    def resolve(self, model: str, tenant: TenantId) -> AdapterRef | None:
+    def resolve(
+        self, model: str, tenant: TenantId, hint: RouteHint | None = None
+    ) -> AdapterRef | None:
         """The version that ``model`` means now; None for the base. Raises ModelNotFoundError."""
         if model == self._base_id:
             return None
-        record = self._registry.resolve(model, tenant)
-        if record is None:
+        name, version = split_version(model)
+        entry = self._registry.entry(name)
+        if entry is None or not self._registry.may_use(entry, tenant):
+            raise self._not_found(model, tenant)
+        if version is None:
+            version = self._routed(entry, hint or RouteHint(side=Side.STABLE))
+            if version == BASELINE:
+                return None
+        record = entry.find(version)
+        if record is None or record.state is not State.READY:
             raise self._not_found(model, tenant)
         return record.ref
 
     def list(self, tenant: TenantId) -> list[AdapterCard]:
         """Every version that the tenant may ask for, by name, oldest first."""
-        return [_card(record) for record in self._registry.list(tenant)]
+        return [
+            _card(entry, record)
+            for entry in self._registry.entries()
+            if self._registry.may_use(entry, tenant)
+            for record in entry.versions
+            if record.state is State.READY
+        ]
 
     def get(self, model: str, tenant: TenantId) -> AdapterCard:
-        """What ``name`` or ``name@version`` means now. Raises ModelNotFoundError."""
-        record = self._registry.resolve(model, tenant)
+        """``name@version``, or a name's stable version (its newest where the base answers for it).
+
+        Raises ModelNotFoundError.
+        """
+        name, version = split_version(model)
+        entry = self.visible(name, tenant)
+        if version is None:
+            version = entry.route.stable or entry.versions[-1].ref.version
+        record = entry.find(version)
         if record is None:
             raise self._not_found(model, tenant)
-        return _card(record)
+        return _card(entry, record)
 
-    def versions(self, name: str, tenant: TenantId) -> tuple[AdapterRecord, ...]:
-        """Every version of ``name``, oldest first. Raises ModelNotFoundError."""
-        records = self._registry.versions(name)
-        if not records or not self._registry.may_use(records[-1], tenant):
-            raise self._not_found(name, tenant)
-        return records
+    def visible(self, name: str, tenant: TenantId) -> Entry:
+        """Every version of a name that the tenant may use, oldest first, and its route.
 
-    def check_owner(self, name: str, tenant: TenantId) -> None:
-        """Raises ModelNotFoundError unless ``name`` is the tenant's own."""
-        if self.versions(name, tenant)[-1].tenant != tenant:
+        Raises ModelNotFoundError.
+        """
+        entry = self._registry.entry(name)
+        if entry is None or not self._registry.may_use(entry, tenant):
             raise self._not_found(name, tenant)
+        return entry
+
+    def entry(self, name: str, tenant: TenantId) -> Entry:
+        """The same of a name that is the tenant's own: what a change needs."""
+        entry = self._registry.entry(name)
+        if entry is None or entry.owner != tenant:
+            raise self._not_found(name, tenant)
+        return entry
 
     def register_folder(
-        self, name: str, folder: str, *, tenant: TenantId, source: str | None = None
+        self,
+        name: str,
+        folder: str,
+        *,
+        tenant: TenantId,
+        source: str | None = None,
+        registration: Registration | None = None,
     ) -> AdapterCard:
         """Register the adapter in ``folder``, which must lie in an allowed root.
 
-        The same content under the same name again is the version that is there already. ``source``
-        (default: the folder) is kept with the version. Raises RequestError (the name),
-        AdapterRejectedError, ConflictError, ServiceError.
+        The same content under the same name again is the version that is there already, and the
+        route stays. ``source`` (default: the folder) is kept with the version. Raises RequestError
+        (the name), AdapterRejectedError, ConflictError, ServiceError.
         """
         self.check(name)
         if not self._roots:
@@ -144,14 +191,26 @@ class AdapterService:
         files = locate(Path(folder), self._roots)
         with self.stage() as staging:
             staging.copy(files.config_path, files.weights_path)
-            return self.register_staged(name, staging, tenant=tenant, source=source or folder)
+            return self.register_staged(
+                name,
+                staging,
+                tenant=tenant,
+                source=source or folder,
+                registration=registration,
+            )
 
     def stage(self) -> AbstractContextManager[Staging]:
         """Room for an upload; gone at the block's end. Raises ServiceError (the disk)."""
         return self._store.stage(self._max_bytes)
 
     def register_staged(
-        self, name: str, staging: Staging, *, tenant: TenantId, source: str
+        self,
+        name: str,
+        staging: Staging,
+        *,
+        tenant: TenantId,
+        source: str,
+        registration: Registration | None = None,
     ) -> AdapterCard:
         """Register what was written to ``staging``; else as ``register_folder``."""
         self.check(name)
@@ -173,6 +232,7 @@ class AdapterService:
                     nbytes=nbytes,
                     source=source,
                     virtual_tokens=virtual_tokens,
+                    registration=registration,
                 )
             except BaseException:
                 if not self._registry.uses(digest):
@@ -195,21 +255,22 @@ class AdapterService:
         """Start to bring a version to the host tier."""
         self._residency.prefetch(ref)
 
-    def delete(self, name: str, tenant: TenantId) -> tuple[AdapterRef, ...]:
-        """Remove every version of ``name`` and return them.
+    def delete(
+        self, model: str, tenant: TenantId, *, force: bool = False, cause: Cause | None = None
+    ) -> tuple[AdapterRef, ...]:
+        """Remove every version of a name, or ``name@version`` alone, and return them.
 
         New requests are refused from now on; those that hold a lease keep the copy on the device
-        until they end. Bytes that another name refers to stay. Raises ModelNotFoundError,
-        RequestError (``name@version``), ServiceError.
+        until they end. Bytes that another version refers to stay. What is refused unless ``force``:
+        see ``Registry.delete``. Raises ModelNotFoundError, ConflictError, ServiceError.
         """
-        if "@" in name:
-            raise RequestError(
-                f"name {name[:140]!r}: a whole name is deleted, not one version", param="name"
-            )
+        name, version = split_version(model)
         with self._changing:
-            self.check_owner(name, tenant)
-            self._registry.access.forget(name)  # first: a death between leaves it private
-            refs = tuple(record.ref for record in self._registry.delete(name))
+            entry = self.entry(name, tenant)
+            if version is not None and entry.find(version) is None:
+                raise self._not_found(model, tenant)
+            gone = self._registry.delete(name, version, force=force, cause=cause)
+            refs = tuple(record.ref for record in gone)
             unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
             for digest, ref in unused.items():
                 try:
@@ -217,8 +278,17 @@ class AdapterService:
                 finally:
                     self._dropped.append(digest)
                     self._residency.drop(ref)
-        logger.info("deleted adapter %s (%d versions)", name, len(refs))
+        logger.info("deleted adapter %s (%d versions)", model, len(refs))
         return refs
+
+    def _routed(self, entry: Entry, hint: RouteHint) -> int:
+        """The version that a request for the name gets, or BASELINE."""
+        canary = entry.route.canary
+        if canary is None or hint.side is not None:
+            return entry.route.target(hint, draw=0.0)
+        sticky = hint.sticky or secrets.token_hex(16)
+        draw = drawn(self._registry.draw_key, entry.name, canary.version, sticky)
+        return entry.route.target(hint, draw=draw)
 
     def _reconcile(self) -> None:
         """Bring the store in line with the registry after a death between the two."""
@@ -232,8 +302,9 @@ class AdapterService:
     def _not_found(self, model: str, tenant: TenantId) -> ModelNotFoundError:
         message = f"no model or adapter {model[:140]!r}"
         name, at, _ = model.partition("@")
-        records = self._registry.versions(name) if at else ()
-        known = [r for r in records if self._registry.may_use(r, tenant)]
+        entry = self._registry.entry(name) if at else None
+        usable = entry is not None and self._registry.may_use(entry, tenant)
+        known = [r for r in entry.versions if r.state is State.READY] if entry and usable else []
         if known:
             newest = ", ".join(str(r.ref) for r in reversed(known[-5:]))
             return ModelNotFoundError(f"{message}; the newest of it: {newest}", param="model")
@@ -250,11 +321,12 @@ class AdapterService:
         return near[1]
 
 
-def _card(record: AdapterRecord) -> AdapterCard:
+def _card(entry: Entry, record: AdapterRecord) -> AdapterCard:
     return AdapterCard(
         ref=record.ref,
         family=record.family,
         max_rank=record.max_rank,
         nbytes=record.nbytes,
         created=record.created,
+        stable=record.ref.version == entry.route.stable,
     )
