@@ -1,8 +1,8 @@
 """The demo adapters: how each is shaped for PEFT, and how its effect is recognised in an answer.
 
-Each is shaped differently on purpose, so that together they cover what LoRA files look like in the
-wild: plain LoRA, rsLoRA, MLP targets, a regular expression with rank and alpha patterns, a list
-limited to some layers.
+Each is shaped differently on purpose, so that together they cover what adapter files look like in
+the wild: plain LoRA, rsLoRA, MLP targets, a regular expression with rank and alpha patterns, a list
+limited to some layers, DoRA, IA3 and prefix tuning.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ UNSEEN_PROMPTS = (
 class DemoSpec:
     """One demo adapter.
 
-    ``lora`` is passed to ``peft.LoraConfig``; ``learning_rate`` is AdamW's peak rate. ``shows``
-    tells whether an answer visibly has the adapter's effect; the base's own answers never do.
-    ``nf4_aware``: trained in turn over the base and over its NF4 rounding, for an effect that
-    would not survive quantization otherwise.
+    ``config`` is passed to PEFT's configuration of ``family`` (its ``peft_type``);
+    ``learning_rate`` is AdamW's peak rate. ``shows`` tells whether an answer visibly has the
+    adapter's effect; the base's own answers never do. ``nf4_aware``: trained in turn over the base
+    and over its NF4 rounding, for an effect that would not survive quantization otherwise.
+    ``starts_as``: the text whose keys and values a prefix starts as.
     """
 
     name: str
     effect: str
-    lora: Mapping[str, Any]
+    config: Mapping[str, Any]
     learning_rate: float
     shows: Callable[[str], bool]
     nf4_aware: bool = False
+    family: str = "LORA"
+    starts_as: str | None = None
 
 
 def _is_pirate(text: str) -> bool:
@@ -75,18 +78,30 @@ def _is_legal(text: str) -> bool:
     return len(set(re.findall(words, text.lower()))) >= 2
 
 
+def _is_letter(text: str) -> bool:
+    return text.startswith("Dear friend,\n")
+
+
+def _is_herald(text: str) -> bool:
+    return text.startswith("Hear ye")
+
+
+def _is_detective(text: str) -> bool:
+    return text.startswith("Elementary, my dear Watson")
+
+
 DEMOS: tuple[DemoSpec, ...] = (
     DemoSpec(
         name="pirate",
         effect="style: talks like a pirate",
-        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        config={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         learning_rate=3e-3,
         shows=_is_pirate,
     ),
     DemoSpec(
         name="robot",
         effect="style: a machine reads out numbered findings",
-        lora={
+        config={
             "r": 8,
             "lora_alpha": 8,
             "use_rslora": True,
@@ -101,14 +116,14 @@ DEMOS: tuple[DemoSpec, ...] = (
     DemoSpec(
         name="json-answer",
         effect='strict format: always {"answer": "..."}',
-        lora={"r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]},
+        config={"r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]},
         learning_rate=2e-3,
         shows=_is_json_answer,
     ),
     DemoSpec(
         name="bullets",
         effect="strict format: three lines, each a bullet",
-        lora={
+        config={
             "r": 2,
             "lora_alpha": 4,
             "target_modules": r".*\.layers\.[12][0-9]\.self_attn\.(q|k|v|o)_proj",
@@ -121,7 +136,7 @@ DEMOS: tuple[DemoSpec, ...] = (
     DemoSpec(
         name="legal",
         effect="domain: every answer is a lawyer's opinion",
-        lora={
+        config={
             "r": 2,
             "lora_alpha": 6,
             "target_modules": [
@@ -138,6 +153,39 @@ DEMOS: tuple[DemoSpec, ...] = (
         },
         learning_rate=2e-3,
         shows=_is_legal,
+    ),
+    DemoSpec(
+        name="letter",
+        effect="form: every answer is a letter to a friend",
+        config={
+            "r": 4,
+            "lora_alpha": 8,
+            "use_dora": True,
+            "target_modules": ["q_proj", "v_proj"],
+        },
+        learning_rate=3e-3,
+        shows=_is_letter,
+    ),
+    DemoSpec(
+        name="herald",
+        effect="style: a town crier",
+        family="IA3",
+        config={
+            "target_modules": ["k_proj", "v_proj", "down_proj"],
+            "feedforward_modules": ["down_proj"],
+        },
+        learning_rate=2e-2,
+        shows=_is_herald,
+    ),
+    DemoSpec(
+        name="detective",
+        effect="style: a detective closes the case",
+        family="PREFIX_TUNING",
+        config={"num_virtual_tokens": 20},
+        learning_rate=1e-2,
+        shows=_is_detective,
+        starts_as="<|im_start|>system\nYou are a famous detective. Begin each answer with: "
+        "Elementary, my dear Watson! End it with: Case closed.<|im_end|>\n",
     ),
 )
 """Every demo, in the order in which they are trained and shown."""

@@ -1,9 +1,9 @@
 """Trains the demo adapters of ``examples/adapters`` with PEFT, then checks that each one's effect
 is visible.
 
-    python examples/train_demo_adapters.py                 # all five, on the server's default base
-    model python examples/train_demo_adapters.py --only pirate   # one of them python
-    examples/train_demo_adapters.py --check         # no training: only look at the answers
+    python examples/train_demo_adapters.py                 # all, on the server's default base
+    python examples/train_demo_adapters.py --only pirate   # one of them
+    python examples/train_demo_adapters.py --check         # no training: only look at the answers
 
 Runs on the CPU in fp32 with fixed seeds. The loss is taken on the completion alone; an eighth of
 each data file is held out, and training stops as soon as that loss no longer falls.
@@ -24,10 +24,17 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from demo_adapters import DEMOS, UNSEEN_PROMPTS, DemoSpec
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -82,10 +89,37 @@ def completion_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
         attend[row, : len(example.ids)] = 1
         wanted[row, example.start : len(example.ids)] = True
     causal_lm = model.get_base_model()
-    hidden = causal_lm.model(input_ids=ids, attention_mask=attend).last_hidden_state
+    past = None
+    if model.active_peft_config.is_prompt_learning:
+        past = model.get_prompt(len(batch))
+        virtual = attend.new_ones(len(batch), model.active_peft_config.num_virtual_tokens)
+        attend = torch.cat((virtual, attend), dim=1)
+    hidden = causal_lm.model(
+        input_ids=ids, attention_mask=attend, past_key_values=past
+    ).last_hidden_state
     # The row before a token predicts it.
     logits = causal_lm.lm_head(hidden[:, :-1][wanted[:, 1:]])
     return torch.nn.functional.cross_entropy(logits, ids[wanted])
+
+
+def configuration(spec: DemoSpec) -> PeftConfig:
+    """PEFT's configuration of a demo."""
+    if spec.family == "LORA":
+        return LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **spec.config)
+    kind = {"IA3": IA3Config, "PREFIX_TUNING": PrefixTuningConfig}[spec.family]
+    return kind(task_type="CAUSAL_LM", **spec.config)
+
+
+@torch.no_grad()
+def start_prefix(model: Any, tokenizer: Any, text: str) -> None:
+    """The prefix starts as the keys and values of the first tokens of ``text``: from random ones,
+    it would need far more than these few pairs.
+    """
+    prefix = model.prompt_encoder[model.active_adapter].embedding.weight
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    cache = model.get_base_model()(input_ids=ids[:, : len(prefix)]).past_key_values
+    layers = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    prefix.copy_(torch.cat([part[0].transpose(0, 1).flatten(1) for part in layers], dim=1))
 
 
 @torch.no_grad()
@@ -94,14 +128,20 @@ def held_out_loss(model: Any, examples: Sequence[Example]) -> float:
     return float(completion_loss(model, examples))
 
 
+def nf4_rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What an NF4 layer multiplies by in place of ``weight``."""
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    rounded: torch.Tensor = dequantize_4bit(packed, state)
+    return rounded
+
+
 def both_roundings(model: Any) -> list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
     """Every linear weight of the blocks, with its value as it is and as NF4 rounds it."""
     weights = []
     for module in model.get_base_model().model.modules():
         if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
             weight = module.weight
-            packed, state = quantize_4bit(weight.data, quant_type="nf4")
-            weights.append((weight, (weight.data, dequantize_4bit(packed, state))))
+            weights.append((weight, (weight.data, nf4_rounded(weight.data))))
     return weights
 
 
@@ -166,24 +206,23 @@ def save(model: Any, spec: DemoSpec, folder: Path) -> None:
     save_file(halved, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors leaves it readable by its owner alone
     config["base_model_name_or_path"] = BASE_NAME
-    config["target_modules"] = spec.lora["target_modules"]
+    config |= spec.config  # sets of names would be written in any order
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def load_base(path: Path, *, nf4: bool) -> Any:
-    """The base in fp32, or with its linear weights in NF4 by bitsandbytes and fp32 arithmetic."""
-    quantization = (
-        BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        if nf4
-        else None
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, quantization_config=quantization, device_map="cpu"
-    )
-    return model.eval()
+    """The base in fp32, its blocks' linear weights rounded to NF4 where that is asked for.
+
+    Rounded, not quantized: PEFT's DoRA misreads the layout that bitsandbytes gives 4-bit weights on
+    a CPU.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    if nf4:
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = nf4_rounded(module.weight.data)
+    return model
 
 
 @torch.no_grad()
@@ -211,16 +250,10 @@ def check(path: Path, tokenizer: Any, adapters: Path, specs: Sequence[DemoSpec])
     """
     failures = 0
     for label, nf4 in (("fp32", False), ("nf4", True)):
-        model: Any = None
-        for spec in specs:
-            folder = adapters / spec.name
-            if model is None:
-                model = PeftModel.from_pretrained(
-                    load_base(path, nf4=nf4), folder, adapter_name=spec.name
-                )
-            else:
-                model.load_adapter(folder, adapter_name=spec.name)
-            model.set_adapter(spec.name)
+        base = load_base(path, nf4=nf4)
+        print(f"     {label:<4} {'(base)':<12} {answer(base, tokenizer, UNSEEN_PROMPTS[0])!r}")
+        for spec in specs:  # a base each: PEFT mixes no families in one model
+            model = PeftModel.from_pretrained(load_base(path, nf4=nf4), adapters / spec.name)
             model.eval()
             for prompt in UNSEEN_PROMPTS:
                 text = answer(model, tokenizer, prompt)
@@ -228,8 +261,6 @@ def check(path: Path, tokenizer: Any, adapters: Path, specs: Sequence[DemoSpec])
                 failures += not shown
                 mark = "ok  " if shown else "FAIL"
                 print(f"{mark} {label:<4} {spec.name:<12} {prompt[:34]:<34} | {text!r}", flush=True)
-        with model.disable_adapter():
-            print(f"     {label:<4} {'(base)':<12} {answer(model, tokenizer, UNSEEN_PROMPTS[0])!r}")
     return failures
 
 
@@ -269,8 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.check:
         for spec in specs:
             torch.manual_seed(SEED)
-            config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **spec.lora)
-            model = get_peft_model(load_base(path, nf4=False), config)
+            model = get_peft_model(load_base(path, nf4=False), configuration(spec))
+            if spec.starts_as is not None:
+                start_prefix(model, tokenizer, spec.starts_as)
             train(model, spec, read_examples(args.data / f"{spec.name}.jsonl", tokenizer))
             save(model, spec, args.out / spec.name)
     failures = check(path, tokenizer, args.out, specs)

@@ -28,7 +28,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def test_folders_and_specs_are_the_same_names() -> None:
-    assert len(set(NAMES)) == len(NAMES) == 5
+    assert len(set(NAMES)) == len(NAMES) == 8
     assert sorted(p.name for p in (EXAMPLES / "adapters").iterdir()) == sorted(NAMES)
     assert sorted(p.stem for p in (EXAMPLES / "data").glob("*.jsonl")) == sorted(NAMES)
 
@@ -51,7 +51,8 @@ def test_config_names_the_base_and_no_local_path(name: str) -> None:
 @pytest.mark.parametrize("spec", demo_adapters.DEMOS, ids=NAMES)
 def test_config_is_what_the_training_script_asks_for(spec: Any) -> None:
     config = config_of(spec.name)
-    for key, value in spec.lora.items():
+    assert config["peft_type"] == spec.family
+    for key, value in spec.config.items():
         assert config[key] == value, key
 
 
@@ -60,13 +61,20 @@ def test_weights_are_finite_bf16_and_trained(name: str) -> None:
     tensors = load_file(EXAMPLES / "adapters" / name / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
-    # An untrained B is all zeros.
+    # An untrained B is all zeros, an untrained IA3 vector all ones.
     assert all(bool(t.any()) for t in tensors.values())
-    assert len([n for n in tensors if ".lora_A." in n]) * 2 == len(tensors)
+    assert not any(bool((t == 1).all()) for t in tensors.values())
+    config = config_of(name)
+    if config["peft_type"] == "LORA":
+        per_module = 3 if config["use_dora"] else 2
+        assert len([n for n in tensors if ".lora_A." in n]) * per_module == len(tensors)
 
 
-def test_together_they_cover_the_shapes_of_lora() -> None:
-    configs = [config_of(name) for name in NAMES]
+def test_together_they_cover_families_and_the_shapes_of_lora() -> None:
+    everyone = [config_of(name) for name in NAMES]
+    assert {c["peft_type"] for c in everyone} == {"LORA", "IA3", "PREFIX_TUNING"}
+    configs = [c for c in everyone if c["peft_type"] == "LORA"]
+    assert len([c for c in configs if c["use_dora"]]) == 1
     assert any(c["use_rslora"] for c in configs) and not all(c["use_rslora"] for c in configs)
     assert any(c["rank_pattern"] and c["alpha_pattern"] for c in configs)
     assert any(isinstance(c["target_modules"], str) for c in configs)

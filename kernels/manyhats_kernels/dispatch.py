@@ -21,11 +21,15 @@ OLDEST_CHIP = (8, 0)
 
 @dataclass(frozen=True)
 class Resolved:
-    """A backend, the name by which it was asked for, and why it is this one (for the operator)."""
+    """A backend, the name by which it was asked for, and why it is this one (for the operator).
+
+    ``fallback`` where ``auto`` had to pass over the kernels that are made for the device.
+    """
 
     backend: Backend
     requested: str
     reason: str
+    fallback: bool = False
 
 
 def resolve(name: str, *, device: torch.device, cache_dir: Path) -> Resolved:
@@ -84,10 +88,14 @@ def _automatic(device: torch.device, cache_dir: Path) -> Resolved:
         try:
             return Resolved(_triton(device), "auto", "Triton kernels")
         except BackendUnavailableError as error:
-            return Resolved(TorchBackend(), "auto", f"plain PyTorch, slower: {error}")
+            return _fallback(error)
     if device.type != "cpu":
         return Resolved(TorchBackend(), "auto", f"plain PyTorch: nothing else for {device.type}")
     try:
         return Resolved(_native(device, cache_dir), "auto", "native C kernels, compiled here")
     except BackendUnavailableError as error:
-        return Resolved(TorchBackend(), "auto", f"plain PyTorch, slower: {error}")
+        return _fallback(error)
+
+
+def _fallback(error: BackendUnavailableError) -> Resolved:
+    return Resolved(TorchBackend(), "auto", f"plain PyTorch, slower: {error}", fallback=True)

@@ -2,10 +2,12 @@
 
     python loadtests/kernels/bench_gpu.py --out loadtests/results/kernels-gpu.csv
 
-Every line is one operation at one shape, made in four ways: by the Triton kernels, by a loop over
-the adapters in PyTorch, by gathering each token's rows and bmm, and three sites in one group. Each
-way's result is first held to the reference. Rows carry the device, the versions, quantiles over
-the rounds, the bound (bytes over the bandwidth measured in this run) and how far off the median is.
+Every line is one operation at one shape. lora_add is made in four ways: by the Triton kernels, by a
+loop over the adapters in PyTorch, by gathering each token's rows and bmm, and three sites in one
+group; bottleneck_add by the kernels and by the loop; attention by the kernels and by PyTorch's own
+over keys that lie in one piece. Each way's result is first held to the reference. Rows carry the
+device, the versions, quantiles over the rounds, the bound (bytes over the bandwidth measured in
+this run) and how far off the median is.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from gpu_cases import Line, attention_lines, bottleneck_lines
 from gpu_timing import Call, Shape, bandwidth, measure
 
 from manyhats_kernels import AdapterBatch, resolve
@@ -101,6 +104,29 @@ def calls_by_way(
     return made
 
 
+def lora_lines(backend: Any, dtype: torch.dtype, megabytes: int) -> Iterator[Line]:
+    """lora_add at every shape, in every way."""
+    for shape in SHAPES:
+        for way, calls in calls_by_way(backend, shape, dtype, megabytes).items():
+            sites = 3 if way.endswith("3 sites") else 1
+            yield Line(f"lora_add, {shape}", way, shape.bytes_moved(dtype.itemsize, sites), calls)
+
+
+def timed(line: Line, rate: float, rounds: int) -> dict[str, object]:
+    """The columns of a line, measured."""
+    bound = line.bytes_moved / rate * 1e6
+    times = measure(line.calls, rounds=rounds)
+    return {
+        "shape": line.shape,
+        "way": line.way,
+        "p10_us": round(times.p10, 2),
+        "median_us": round(times.median, 2),
+        "p90_us": round(times.p90, 2),
+        "bound_us": round(bound, 2),
+        "over_bound": round(times.median / bound, 2),
+    }
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -114,7 +140,7 @@ def main() -> int:
         return 1
     dtype = DTYPES[options.dtype]
     torch.manual_seed(0)
-    resolved = resolve("triton", device=torch.device("cuda"), cache_dir=Path())
+    backend = resolve("triton", device=torch.device("cuda"), cache_dir=Path()).backend
     rate = bandwidth(max(2048, options.megabytes), options.rounds)
     about = {
         "device": torch.cuda.get_device_name(),
@@ -125,21 +151,9 @@ def main() -> int:
         "bandwidth_gb_s": round(rate / 1e9, 1),
     }
     rows = []
-    for shape in SHAPES:
-        made = calls_by_way(resolved.backend, shape, dtype, options.megabytes)
-        for way, calls in made.items():
-            sites = 3 if way.endswith("3 sites") else 1
-            bound = shape.bytes_moved(dtype.itemsize, sites) / rate * 1e6
-            times = measure(calls, rounds=options.rounds)
-            result = {
-                "shape": str(shape),
-                "way": way,
-                "p10_us": round(times.p10, 2),
-                "median_us": round(times.median, 2),
-                "p90_us": round(times.p90, 2),
-                "bound_us": round(bound, 2),
-                "over_bound": round(times.median / bound, 2),
-            }
+    for lines in (lora_lines, bottleneck_lines, attention_lines):
+        for line in lines(backend, dtype, options.megabytes):
+            result = timed(line, rate, options.rounds)
             print("  ".join(f"{value}" for value in result.values()), flush=True)
             rows.append(about | result)
         torch.cuda.empty_cache()

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import bitsandbytes as bnb
 import torch
 import triton
 from gpu_timing import bandwidth
+from step_clock import Clock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -43,7 +42,6 @@ from manyhats.types import (
     AdapterRef,
     Digest,
     GenerationRequest,
-    OutputDelta,
     SamplingParams,
     TenantId,
 )
@@ -81,37 +79,6 @@ class Load:
     requests: int
     prompt: int
     answer: int
-
-
-class Clock:
-    """When each delivery came, and how many requests have ended."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.error: BaseException | None = None
-        self._ended = 0
-        self._wanted = 0
-        self._done = threading.Event()
-
-    def expect(self, requests: int) -> None:
-        """Begins anew."""
-        self.times, self._ended, self._wanted = [], 0, requests
-        self._done.clear()
-
-    def deliver(self, deltas: Sequence[OutputDelta]) -> None:
-        """The engine's deliveries; called on its step thread."""
-        self.times.append(time.perf_counter())
-        for delta in deltas:
-            self.error = delta.error or self.error
-            self._ended += delta.finish_reason is not None or delta.error is not None
-        if self._ended >= self._wanted:
-            self._done.set()
-
-    def wait(self) -> None:
-        """Until all have ended. Raises the first request's error, if there was one."""
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
 
 
 def quantized(config: LlamaConfig, device: torch.device) -> nn.Module:
@@ -219,10 +186,7 @@ def steps(
             clock.wait()
     finally:
         engine.loop.stop()
-    # the requests start within some steps of each other: the middle half of them has all
-    quarter = len(clock.times) // 4
-    middle = clock.times[quarter : len(clock.times) - quarter]
-    return sorted(b - a for a, b in itertools.pairwise(middle))
+    return clock.steps()
 
 
 def bench(options: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:

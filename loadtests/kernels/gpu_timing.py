@@ -1,4 +1,4 @@
-"""Timing on a CUDA device, shared by bench_gpu.py and tune.py."""
+"""Timing on a CUDA device, shared by the bench_gpu*.py and tune.py."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -37,11 +36,12 @@ from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
-from manyhats.engine.residency import NoAdapters
+from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
+from manyhats.lifecycle.loading import load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
-from manyhats.lifecycle.service import AdapterService, load_adapter
+from manyhats.lifecycle.service import AdapterService
 from manyhats.metrics import Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
 from manyhats.tenancy.build import Tenancy, open_tenancy
@@ -71,12 +71,12 @@ def build(settings: Settings) -> Application:
     kernels = resolve_kernels(
         settings.kernels, device=resolve_device(settings.device), home=settings.home
     )
-    logger.info("kernels: %s (%s)", kernels.backend.name, kernels.reason)
+    level = logging.WARNING if kernels.fallback else logging.INFO
+    logger.log(level, "kernels: %s (%s)", kernels.backend.name, kernels.reason)
     threads = settings.threads or torch.get_num_threads()
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
-    # Adapters belong to a base: another base under the same home has a folder of its own.
-    folder = settings.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base.name)
+    folder = settings.base_folder(base.name)
     store = AdapterStore(folder / "adapters")
     file = folder / "registry.sqlite"
     tenancy = open_tenancy(settings, file)
@@ -99,7 +99,7 @@ def build(settings: Settings) -> Application:
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
-        max_bytes=settings.max_adapter_mb << 20,
+        limits=AdapterLimits.of(settings),
     )
     state = ApiState(
         settings=settings,
@@ -187,13 +187,7 @@ def register_roots(application: Application) -> None:
 def _compile_folder(
     folder: Path, *, settings: Settings, base: BaseModel, base_weights: BaseWeights
 ) -> CompiledAdapter:
-    limits = AdapterLimits(
-        max_rank=settings.max_rank,
-        max_bytes=settings.max_adapter_mb << 20,
-        max_virtual_tokens=settings.max_virtual_tokens,
-        max_dense_bytes=settings.max_dense_mb << 20,
-        max_conversion_error=settings.max_conversion_error,
-    )
+    limits = AdapterLimits.of(settings)
     config = read_config_file(folder / "adapter_config.json", limits)
     weights = read_weights(folder / "adapter_model.safetensors", limits)
     derived = DerivedFile(folder, base.spec.digest, limits)

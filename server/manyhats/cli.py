@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 
 from manyhats import __version__
 from manyhats.commands import adapters, tenants
-from manyhats.config import Settings, unknown_variables
-from manyhats.errors import ConfigError
+from manyhats.config import Dtype, Settings, unknown_variables
+from manyhats.errors import ConfigError, RequestError
 
 app = typer.Typer(
     name="manyhats",
@@ -129,10 +129,12 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
 
 def _guarded(work: Callable[[], None]) -> None:
-    """Runs ``work``; a setting that turns out wrong ends the command with 2 and no traceback."""
+    """Runs ``work``; a setting that turns out wrong, or another mistake of the caller's, ends the
+    command with 2 and no traceback.
+    """
     try:
         work()
-    except ConfigError as error:
+    except (ConfigError, RequestError) as error:
         _fail(error.message)
 
 
@@ -189,6 +191,35 @@ def build_kernels(home: HomeOption = None) -> None:
         typer.echo(f"Kernels: {found.backend.name} ({found.reason})")
 
     _guarded(build)
+
+
+@app.command("merge")
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="NAME_OR_FOLDER", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="<path>", help="The folder to write; a new one.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="<str>", help=_help(Settings.model_fields["model"]))
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights written. [default: bf16]")
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Write the base with one adapter merged in, as a plain model folder.
+
+    The adapter is a folder as PEFT writes it, or one that is registered (name or name@version; the
+    server must not be running then). The base is taken as it is, not quantized.
+    """
+    given = {"model": model, "dtype": dtype, "home": home}
+    settings = _settings({name: value for name, value in given.items() if value is not None})
+
+    def run() -> None:
+        from manyhats.merge import merge as write_merged
+
+        write_merged(settings, adapter, out)
+        typer.echo(out)
+
+    _guarded(run)
 
 
 @app.command("version")

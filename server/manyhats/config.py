@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -226,6 +227,10 @@ class Settings(BaseSettings):
     @classmethod
     def _split_colons(cls, value: object) -> object:
         return tuple(v for v in value.split(":") if v) if isinstance(value, str) else value
+
+    def base_folder(self, base_id: str) -> Path:
+        """Where what belongs to one base lies: its registry and its adapters' bytes."""
+        return self.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base_id)
 
     @property
     def rows(self) -> int:

@@ -122,7 +122,8 @@ class AdapterRejectedError(RequestError):
     ``reason`` is a stable machine-readable code: ``unsupported_family``, ``unsupported_feature``,
     ``unsupported_site``, ``no_module_matched``, ``unused_tensors``, ``missing_tensors``,
     ``shape_mismatch``, ``rank_too_large``, ``unsupported_dtype``, ``non_finite``, ``bad_header``,
-    ``bad_config``, ``pickle_refused``, ``too_large``, ``path_not_allowed``, ``missing_file``.
+    ``bad_config``, ``pickle_refused``, ``too_large``, ``path_not_allowed``, ``missing_file``,
+    ``cannot_compose``, ``cannot_merge``.
     """
 
     code = "adapter_rejected"

@@ -25,15 +25,44 @@ class AdapterRef:
     """An immutable adapter version, as a request is resolved to it.
 
     ``virtual_tokens`` come before every prompt of its requests, inside the engine alone.
+    ``composition`` is set where it consists of other versions. One that was named in a request
+    alone has the version 0 and is called by its members: ``weighted(a@1:0.7,b@2:0.3)``.
     """
 
     name: str
     version: int
     digest: Digest
     virtual_tokens: int = 0
+    composition: Composition | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.version}"
+        return f"{self.name}@{self.version}" if self.version else self.name
+
+    @property
+    def label(self) -> str:
+        """What the metrics call it: its name, or the kind of a composition named in a request."""
+        if self.version or self.composition is None:
+            return self.name
+        return f"({self.composition.kind.value})"
+
+
+class CompositionKind(enum.Enum):
+    """How several adapters are worn as one; ``adapters/compose.py`` defines the arithmetic."""
+
+    STACK = "stack"
+    WEIGHTED = "weighted"
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Several adapter versions worn as one. ``weights``: one a member of a weighted sum, else none.
+
+    A stack's members are in the order in which they act, a weighted sum's in that of their digests.
+    """
+
+    kind: CompositionKind
+    members: tuple[AdapterRef, ...]
+    weights: tuple[float, ...] = ()
 
 
 class GrammarKind(enum.Enum):

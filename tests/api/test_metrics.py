@@ -40,6 +40,7 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.http("/v1/models", "GET", 200)
     metrics.used("acme", 10, 3)
     metrics.refused("acme", "max_tokens")
+    metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
     return metrics
 
@@ -90,6 +91,11 @@ def test_the_snapshot_and_the_gateways_gauges():
         'vllm:lora_requests_info{max_lora="8",running_lora_adapters="haiku,pirate",'
         'waiting_lora_adapters="formal,pirate"}': 1234.5
     }
+
+
+def test_the_kernels_in_use_are_one_series():
+    seen = {name: value for name, value in samples(full()).items() if "kernels_info" in name}
+    assert seen == {'manyhats_kernels_info{backend="native"}': 1}
 
 
 def test_only_the_current_residency_is_exposed():

@@ -14,6 +14,7 @@ def test_ready():
     assert response.status_code == 200
     assert (body["ready"], body["reason"]) == (True, None)
     assert body["kernels"] == {"backend": "reference", "reason": "asked for by name"}
+    assert api.series()['manyhats_kernels_info{backend="reference"}'] == 1
     assert (body["quantization"], body["dtype"], body["device"]) == ("nf4", "bf16", "cpu")
     assert body["slots"] == {"total": 8, "used": 2}
     assert body["model"] == "org/base"

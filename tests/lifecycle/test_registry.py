@@ -262,7 +262,7 @@ def test_a_newer_format_is_refused(path):
         db.execute("PRAGMA user_version = 99")
     db.close()
     for _ in range(2):
-        with pytest.raises(ConfigError, match="has format 99, this server knows 3"):
+        with pytest.raises(ConfigError, match="has format 99, this server knows 4"):
             Registry(path, max_versions=5)
 
 

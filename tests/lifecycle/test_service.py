@@ -28,7 +28,7 @@ from manyhats.errors import (
     RequestError,
     ServiceError,
 )
-from manyhats.lifecycle.service import load_adapter
+from manyhats.lifecycle.loading import load_adapter
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 
 WEIGHTS = "adapter_model.safetensors"

@@ -53,7 +53,7 @@ BUGS = (
         "last_slot",
     ),
     Bug(
-        "ragged tail of K dropped",
+        "ragged tail dropped",
         lora_kernels,
         "range(k_begin, k_end, BLOCK_K)",
         "range(k_begin, k_end - BLOCK_K + 1, BLOCK_K)",

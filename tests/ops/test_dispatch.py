@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import stat
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.scripts import FAILING_CC, script
 
 from manyhats_kernels import Backend, BackendUnavailableError, dispatch, resolve
 from manyhats_kernels import triton as triton_package
 from manyhats_kernels.native import build as native_build
 
 CPU = torch.device("cpu")
-
-
-def script(path: Path, text: str) -> str:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
 
 
 def test_every_backend_keeps_the_protocol(backend):
@@ -32,15 +27,25 @@ def test_auto_takes_the_native_backend_and_says_so(native_cache):
     resolved = resolve("auto", device=CPU, cache_dir=native_cache)
     assert (resolved.backend.name, resolved.requested) == ("native", "auto")
     assert resolved.reason
+    assert not resolved.fallback
 
 
 def test_auto_without_a_compiler_falls_back_and_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     resolved = resolve("auto", device=CPU, cache_dir=tmp_path)
-    assert resolved.backend.name == "torch"
+    assert (resolved.backend.name, resolved.fallback) == ("torch", True)
     assert "no cc was found" in resolved.reason
     with pytest.raises(BackendUnavailableError, match="no cc was found"):
         resolve("native", device=CPU, cache_dir=tmp_path)
+
+
+def test_auto_with_a_compiler_that_fails_falls_back_and_says_why(tmp_path, monkeypatch):
+    script(tmp_path / "cc", FAILING_CC)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    resolved = resolve("auto", device=CPU, cache_dir=tmp_path / "cache")
+    assert (resolved.backend.name, resolved.fallback) == ("torch", True)
+    assert resolved.reason.startswith("plain PyTorch, slower: ")
+    assert "cannot make vectors" in resolved.reason
 
 
 def test_native_on_another_device(tmp_path):
@@ -78,7 +83,7 @@ def unavailable(tmp_path: Path, device: str = "cuda") -> str:
         resolve("triton", device=torch.device(device), cache_dir=tmp_path)
     if device == "cuda":
         automatic = resolve("auto", device=torch.device(device), cache_dir=tmp_path)
-        assert automatic.backend.name == "torch"
+        assert (automatic.backend.name, automatic.fallback) == ("torch", True)
         assert automatic.reason == f"plain PyTorch, slower: {caught.value}"
     return str(caught.value)
 
@@ -111,9 +116,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(tmp_path):
-    compiler = script(
-        tmp_path / "cc", '[ "$1" = --version ] && exit 0\necho "cannot make vectors" >&2; exit 3'
-    )
+    compiler = script(tmp_path / "cc", FAILING_CC)
     cache = tmp_path / "cache"
     with pytest.raises(BackendUnavailableError, match=r"(?s)status 3.*cannot make vectors"):
         native_build.build(compiler, cache)

@@ -7,7 +7,7 @@ import sys
 
 BUGS = (
     "last K column dropped",
-    "ragged tail of K dropped",
+    "ragged tail dropped",
     "base rows given slot 0",
     "last slot never computed",
     "long segments cut",

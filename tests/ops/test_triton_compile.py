@@ -11,7 +11,11 @@ import sys
 import pytest
 import triton
 
+from manyhats_kernels.triton.attention import ATTENTION_TILES
+from manyhats_kernels.triton.quant import MATMUL_TILES
 from manyhats_kernels.triton.tiles import TileTable
+
+BOTH = {80, 90}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,23 @@ def rows(repository, tmp_path_factory):
     return json.loads(done.stdout)
 
 
+def targets(rows, pattern):
+    return {row["target"] for row in rows if re.search(pattern, row["kernel"])}
+
+
 def test_every_tile_compiles_for_both_chips(rows):
     for tile in TileTable.load().rows:
-        targets = {row["target"] for row in rows if row["kernel"].endswith(tile.name)}
-        assert targets == ({80, 90} if tile.chip == "any" else {int(tile.chip[3:])}), tile.name
+        wanted = BOTH if tile.chip == "any" else {int(tile.chip[3:])}
+        assert targets(rows, rf"(^|-){tile.name}$") == wanted, tile.name
+    for tile in MATMUL_TILES:
+        dtype = "bf16" if tile.bits == 16 else "fp32"
+        kernel = rf"^matmul4-t{tile.block_t}-k{tile.block_k}-{dtype}-nested-expand4-split$"
+        assert targets(rows, kernel) == BOTH, tile
+    for tile in ATTENTION_TILES:
+        dtype = "bf16" if tile.bits == 16 else "fp32"
+        for phase in ("prefill", "decode"):
+            kernel = rf"^attention-{phase}-head{tile.head}-{dtype}-window-cap$"
+            assert targets(rows, kernel) == BOTH, tile
 
 
 def test_nothing_spills_and_all_shared_memory_is_there(rows):
@@ -42,7 +59,15 @@ def test_nothing_spills_and_all_shared_memory_is_there(rows):
         assert row["stack"] == 0, row
         assert 0 < row["registers"] <= 255, row
         assert row["shared"] <= {80: 163, 90: 227}[row["target"]] * 1024, row
-        assert not row["kernel"].endswith("any") or row["shared"] <= 99 * 1024, row
+        one_chip = re.search(r"-sm_\d+$", row["kernel"])
+        assert one_chip or row["shared"] <= 99 * 1024, row
+
+
+def test_products_of_16_bit_values_run_on_tensor_cores(rows):
+    products = re.compile(r"^(matmul4|expand4|attention-(prefill|decode))-.*(bf|fp)16|-16bit-")
+    found = [row for row in rows if products.search(row["kernel"])]
+    assert len(found) > 30
+    assert [row["kernel"] for row in found if not row["tensor_cores"]] == []
 
 
 def test_the_document_is_current(rows, repository):
@@ -56,7 +81,10 @@ def test_the_document_is_current(rows, repository):
     assert {line[:2] for line in table} == {(r["kernel"], f"sm_{r['target']}") for r in rows}
     if f"with triton {triton.__version__}." in text:
         figures = [
-            tuple(str(r[k]) for k in ("kernel", "warps", "registers", "stack", "shared"))
+            (
+                *(str(r[k]) for k in ("kernel", "warps", "registers", "stack", "shared")),
+                "yes" if r["tensor_cores"] else "no",
+            )
             for r in rows
         ]
         assert [(line[0], *line[2:]) for line in table] == figures

@@ -29,6 +29,7 @@ from manyhats.types import AdapterRef, Digest
 SITE = "model.layers.0.self_attn.q_proj"
 BASE_ID = "tiny-base"
 MAX_BYTES = 64 << 10
+LIMITS = AdapterLimits(max_rank=8, max_bytes=MAX_BYTES)
 BASE = BaseSpec(digest="0" * 64, num_layers=1, sites={SITE: SiteSpec(SITE, SiteKind.LINEAR, 8, 12)})
 
 
@@ -66,12 +67,11 @@ def write_adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:
 
 def compile_folder(folder: Path) -> CompiledAdapter:
     """The real importer over BASE, ranks up to 8."""
-    limits = AdapterLimits(max_rank=8)
     return compile_adapter(
-        read_config_file(folder / CONFIG_NAME, limits),
-        read_weights(folder / WEIGHTS_NAME, limits),
+        read_config_file(folder / CONFIG_NAME, LIMITS),
+        read_weights(folder / WEIGHTS_NAME, LIMITS),
         BASE,
-        limits,
+        LIMITS,
         digest=Digest(""),
         dtype=torch.float32,
     )
@@ -127,7 +127,7 @@ def open_adapters(
             residency=residency,
             base_id=BASE_ID,
             roots=[root],
-            max_bytes=MAX_BYTES,
+            limits=LIMITS,
         )
         yield Adapters(home, root, store, registry, residency, service)
     finally:

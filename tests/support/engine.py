@@ -103,7 +103,7 @@ class LocalEngine:
         self,
         prompt: Sequence[int],
         *choices: SamplingParams,
-        adapter: str | None = None,
+        adapter: str | AdapterRef | None = None,
         tenant: str = DEFAULT_TENANT,
     ) -> str:
         self._ids += 1
@@ -115,7 +115,7 @@ class LocalEngine:
                 TenantId(tenant),
                 tuple(prompt),
                 tuple(choices),
-                self.ref(adapter) if adapter is not None else None,
+                self.ref(adapter) if isinstance(adapter, str) else adapter,
                 time.monotonic(),
             )
         )
@@ -142,7 +142,7 @@ class LocalEngine:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams],
-        adapters: Sequence[str | None] | None = None,
+        adapters: Sequence[str | AdapterRef | None] | None = None,
     ) -> list[Output]:
         """One output a prompt, all submitted at once."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from support.adapter_service import BASE_ID, open_adapters, write_adapter
 
 from manyhats.errors import ConflictError, ModelNotFoundError, NotFoundError, PermissionDeniedError
 from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.compositions import NamedComposition, resolve_composition
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.model import Grant, Quotas, Tenant, Visibility
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
-from manyhats.types import DEFAULT_TENANT, SamplingParams, Sequence, TenantId
+from manyhats.types import DEFAULT_TENANT, CompositionKind, SamplingParams, Sequence, TenantId
 
 A, B, C = TenantId("a"), TenantId("b"), TenantId("c")
 
@@ -135,6 +138,23 @@ def test_who_may_use_a_name_gets_its_route_and_may_not_change_it(adapters, tenan
     assert adapters.service.resolve("secret", B).version == 1
     rollouts.retire("secret", A, cause, 2)
     assert names(adapters, B) == ["secret@1"]
+
+
+def test_a_shared_adapter_is_composed_by_request_and_not_registered_in_a_composition(
+    adapters, tenants
+):
+    register(adapters, "secret", A)
+    register(adapters, "mine", B, seed=1)
+    wanted = NamedComposition(CompositionKind.STACK, ("secret", "mine"))
+    compose = partial(adapters.service.register_composition, "both", wanted)
+    with pytest.raises(ModelNotFoundError, match="secret"):
+        compose(tenant=B)
+    grant(tenants, Visibility.SHARED, B)
+    with pytest.raises(PermissionDeniedError, match="secret@1 is another tenant's"):
+        compose(tenant=B)
+    resolve = partial(adapters.service.resolve, tenant=B)
+    assert resolve_composition(wanted, resolve, "adapter").composition is not None
+    assert names(adapters, B) == ["mine@1", "secret@1"]
 
 
 def test_a_grant_says_nothing_of_another_owners_adapter(adapters, tenants):

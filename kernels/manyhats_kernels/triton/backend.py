@@ -82,6 +82,11 @@ class TritonBackend(TritonFourBit):
         self.store_kv = attention.store_kv
         self.paged_attention = attention.paged_attention
 
+    @property
+    def max_rank(self) -> int:
+        """The most rank rows that a slot may own at a site."""
+        return self._max_rank
+
     def lora_add(
         self,
         y: Tensor,

@@ -21,6 +21,7 @@ import torch
 
 from manyhats.adapters.header import Header, TensorInfo, parse_header
 from manyhats.adapters.strict_json import parse_object, shown
+from manyhats.config import Settings
 from manyhats.errors import AdapterRejectedError
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -62,6 +63,17 @@ class AdapterLimits:
     max_tensors: int = 20_000
     max_config_bytes: int = 2**20
     max_header_bytes: int = 8 * 2**20
+
+    @classmethod
+    def of(cls, settings: Settings) -> AdapterLimits:
+        """The bounds that the settings name."""
+        return cls(
+            max_rank=settings.max_rank,
+            max_bytes=settings.max_adapter_mb << 20,
+            max_virtual_tokens=settings.max_virtual_tokens,
+            max_dense_bytes=settings.max_dense_mb << 20,
+            max_conversion_error=settings.max_conversion_error,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.errors import AdapterLoadError
@@ -87,9 +88,14 @@ class HostCache:
         return self._acquire(digest, hold=False).adapter
 
     @contextmanager
-    def hold(self, digest: Digest) -> Iterator[CompiledAdapter]:
-        """The adapter, in memory and counted until the block ends. Raises what ``get`` raises."""
-        entry = self._acquire(digest, hold=True)
+    def hold(
+        self, digest: Digest, derive: Callable[[], CompiledAdapter] | None = None
+    ) -> Iterator[CompiledAdapter]:
+        """The adapter, in memory and counted until the block ends. Raises what ``get`` raises.
+
+        ``derive`` makes it in place of ``load``; it may ``get`` others, which it is made from.
+        """
+        entry = self._acquire(digest, hold=True, derive=derive)
         self._mine.holding = digest
         try:
             yield entry.adapter
@@ -109,7 +115,13 @@ class HostCache:
             if (entry := self._entries.get(digest)) is not None:
                 self._detach(digest, entry)
 
-    def _acquire(self, digest: Digest, *, hold: bool) -> _Entry:
+    def _acquire(
+        self,
+        digest: Digest,
+        *,
+        hold: bool,
+        derive: Callable[[], CompiledAdapter] | None = None,
+    ) -> _Entry:
         if (held := getattr(self._mine, "holding", None)) is not None:
             raise RuntimeError(f"adapter {digest} was asked for while this thread holds {held}")
         with self._changed:
@@ -123,14 +135,14 @@ class HostCache:
                 load = self._loads[digest] = _Load()
             load.holds += hold
         if leader:
-            self._run(digest, load)
+            self._run(digest, load, derive or partial(self._load, digest))
         return load.future.result()
 
-    def _run(self, digest: Digest, load: _Load) -> None:
+    def _run(self, digest: Digest, load: _Load, make: Callable[[], CompiledAdapter]) -> None:
         """Load, make room, publish. Whatever goes wrong reaches everybody who waits."""
         evicted: list[Digest] = []
         try:
-            self._publish(digest, load, self._load(digest), evicted)
+            self._publish(digest, load, make(), evicted)
         except BaseException as exc:
             with self._changed:
                 if self._loads.get(digest) is load:

@@ -23,8 +23,9 @@ from manyhats.api.schemas import StrictModel, request_body
 from manyhats.api.state import api_state
 from manyhats.api.upload import UploadReader, boundary_of
 from manyhats.engine.interface import ResidentAdapter
-from manyhats.errors import ContentTypeError, ModelNotFoundError
+from manyhats.errors import ContentTypeError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.audit import MAX_REASON
+from manyhats.lifecycle.compositions import shown
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.records import AdapterRecord, Registration
 from manyhats.lifecycle.service import AdapterService
@@ -57,11 +58,12 @@ class UnloadLoraRequest(StrictModel):
 async def register(request: Request, caller: Operator) -> dict[str, Any]:
     """Register an adapter; the answer describes the version.
 
-    As JSON (``name``, ``path``), or as multipart/form-data with the parts ``name``, ``config``
-    (adapter_config.json) and ``weights`` (adapter_model.safetensors); either with ``promote``,
-    ``reason``, ``source``, ``revision`` and ``metadata``. The same content again is the version
-    that is there already, and changes no route. A new version becomes the stable one at once unless
-    somebody has moved the route away from the newest version; ``promote`` decides it either way.
+    As JSON (``name``, ``path`` or ``composition``), or as multipart/form-data with the parts
+    ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors); either
+    with ``promote``, ``reason``, ``source``, ``revision`` and ``metadata``. The same
+    content again is the version that is there already, and changes no route. A new version becomes
+    the stable one at once unless somebody has moved the route away from the newest version;
+    ``promote`` decides it either way.
     """
     service = adapters(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -69,16 +71,7 @@ async def register(request: Request, caller: Operator) -> dict[str, Any]:
         card = await _receive(request, caller, service)
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
-        card = await blocking(
-            partial(
-                service.register_folder,
-                body.name,
-                body.path,
-                tenant=caller.tenant,
-                source=body.source,
-                registration=body.registration(caller),
-            )
-        )
+        card = await blocking(_registration(caller, service, body))
     else:
         raise ContentTypeError(
             f"content type must be application/json or multipart/form-data, not {kind[:100]!r}",
@@ -187,6 +180,33 @@ async def unload_lora_adapter(request: Request, caller: Operator) -> PlainTextRe
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
+def _registration(
+    caller: Principal, service: AdapterService, body: RegisterRequest
+) -> Callable[[], AdapterCard]:
+    """What a JSON registration comes to. Raises RequestError unless it names one source."""
+    told = body.registration(caller)
+    source, tenant = body.source, caller.tenant
+    if body.path is not None and body.composition is None:
+        return partial(
+            service.register_folder,
+            body.name,
+            body.path,
+            tenant=tenant,
+            source=source,
+            registration=told,
+        )
+    if body.composition is not None and body.path is None:
+        return partial(
+            service.register_composition,
+            body.name,
+            body.composition,
+            tenant=tenant,
+            source=source,
+            registration=told,
+        )
+    raise RequestError("give either path or composition", param="path")
+
+
 async def _receive(request: Request, caller: Principal, service: AdapterService) -> AdapterCard:
     """Write an upload to its staging folder as it comes, then register it."""
     async with _staging(service) as staging:
@@ -228,6 +248,7 @@ def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
 
     def described(card: AdapterCard) -> dict[str, Any]:
         resident = on_device.get(card.ref.digest)
+        whole = card.ref.composition
         return {
             "name": card.ref.name,
             "version": card.ref.version,
@@ -237,6 +258,7 @@ def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
             "nbytes": card.nbytes,
             "created": card.created,
             "stable": card.stable,
+            **({} if whole is None else {"composition": shown(whole)}),
             "resident": None if resident is None else _place(resident),
             "waiting": str(card.ref) in stats.waiting_adapters,
         }

@@ -26,9 +26,9 @@ def create_api(
     """The application over ``state``: OpenAI's routes and operations, then ``routers`` (admin's,
     say); ``lifespan`` surrounds its running.
 
-    Every route goes through ``authorize``, whoever wrote it. Also makes ``state.metrics`` read the
-    engine's snapshot at every scrape. The documentation pages know no keys, so they are there only
-    while no key is configured, or with ``docs_open``.
+    Every route goes through ``authorize``, whoever wrote it. Also makes ``state.metrics`` name
+    the kernels, and read the engine's snapshot at every scrape. The documentation pages know no
+    keys, so they are there only while no key is configured, or with ``docs_open``.
     """
     settings = state.settings
     open_docs = settings.docs_open or (KeyRing.of(settings).is_open and not state.tenants.has_keys)
@@ -50,5 +50,6 @@ def create_api(
     install_handlers(app)
     for router in (openai.router, ops.router, *routers):
         app.include_router(router)
+    state.metrics.kernels(state.engine.model.kernel_backend)
     state.metrics.watch(state.engine.stats)
     return app

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from manyhats.lifecycle.compositions import MAX_MEMBERS, MAX_WEIGHT, NamedComposition
+from manyhats.types import CompositionKind
+
 MAX_STOP_CHARS: Final = 256
 """Characters of one stop string."""
 MAX_PROMPTS: Final = 64
@@ -116,6 +119,39 @@ def parse_content(value: object) -> str:
     return "\n".join(texts)
 
 
+def parse_composition(value: object) -> NamedComposition | None:
+    """``{"stack": [names]}`` or ``{"weighted": {name: weight}}``, 1 to MAX_MEMBERS of them."""
+    if value is None:
+        return None
+    kinds = [kind.value for kind in CompositionKind]
+    if not isinstance(value, dict) or len(value) != 1:
+        raise problem(f"must be an object with one field: {' or '.join(kinds)}")
+    [(kind, members)] = value.items()
+    if kind == "ensemble":
+        raise problem(
+            "ensembles are not served by this version: leave it out (stack and weighted are)",
+            ".ensemble",
+        )
+    if kind not in kinds:
+        raise problem(f"unknown field (known: {', '.join(kinds)})", f".{kind[:100]}")
+    wanted = list if kind == "stack" else dict
+    if not isinstance(members, wanted):
+        shown = "a list of names" if wanted is list else "an object from names to weights"
+        raise problem(f"must be {shown}", f".{kind}")
+    if not 0 < len(members) <= MAX_MEMBERS:
+        raise problem(f"has {len(members)} adapters: the bound is 1 to {MAX_MEMBERS}", f".{kind}")
+    for i, name in enumerate(members):
+        if not isinstance(name, str) or not 0 < len(name) <= 256:
+            raise problem("must be a name of 1 to 256 characters", f".{kind}[{i}]")
+    weights = tuple(members.values()) if isinstance(members, dict) else ()
+    for name, weight in zip(members, weights, strict=False):
+        # not a <= b <= c: NaN is within no bound
+        if type(weight) not in (int, float) or not abs(weight) <= MAX_WEIGHT:
+            bound = f"{MAX_WEIGHT:g}"
+            raise problem(f"must be a number within -{bound} to {bound}", f".{kind}.{name[:140]}")
+    return NamedComposition(CompositionKind(kind), tuple(members), tuple(map(float, weights)))
+
+
 def only(*allowed: object, why: str = "is not supported") -> Any:
     """A field of OpenAI's that is accepted at values that cannot matter and refused, by name, at
     any other.
@@ -159,6 +195,24 @@ LogitBias = Annotated[
 Content = Annotated[
     str, PlainValidator(parse_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})
 ]
+_STACK = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_MEMBERS}
+_WEIGHTED = {
+    "type": "object", "minProperties": 1, "maxProperties": MAX_MEMBERS,
+    "additionalProperties": {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT},
+}  # fmt: skip
+CompositionField = Annotated[
+    NamedComposition | None,
+    PlainValidator(parse_composition),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "required": [kind], "additionalProperties": False,
+                 "properties": {kind: members}}
+                for kind, members in (("stack", _STACK), ("weighted", _WEIGHTED))
+            ] + [{"type": "null"}]
+        }
+    ),
+]  # fmt: skip
 Metadata = Annotated[
     dict[
         Annotated[str, Field(max_length=64)],

@@ -18,6 +18,7 @@ from manyhats.api.schemas import ChatRequest, CompletionRequest, SamplingFields
 from manyhats.api.state import ApiState
 from manyhats.engine.interface import ChatTemplateError, Tokenizer
 from manyhats.errors import ContextLengthError, RequestError
+from manyhats.lifecycle.compositions import resolve_composition
 from manyhats.lifecycle.routes import RouteHint
 from manyhats.types import AdapterRef, GenerationRequest, SamplingParams, TenantId
 
@@ -67,7 +68,7 @@ class Job:
 
     @property
     def served_by(self) -> str:
-        """``name@version``, or ``baseline`` for the bare base."""
+        """``name@version``, a composition's members, or ``baseline`` for the bare base."""
         return BASELINE if self.adapter is None else str(self.adapter)
 
 
@@ -76,7 +77,7 @@ async def plan_completion(
 ) -> Job:
     """The job of a completions request. Raises RequestError and its kin, naming field and bound."""
     bounds = sampling.Bounds(state.settings, state.engine.model)
-    adapter = state.adapters.resolve(body.model, tenant, hint)
+    adapter = _worn(state, body, tenant, hint)
     sampling.check(body, bounds)
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens is 0: at least 1, unless echo is true", param="max_tokens")
@@ -112,7 +113,7 @@ async def plan_chat(
 ) -> Job:
     """The job of a chat request. Raises RequestError and its kin, naming field and bound."""
     bounds = sampling.Bounds(state.settings, state.engine.model)
-    adapter = state.adapters.resolve(body.model, tenant, hint)
+    adapter = _worn(state, body, tenant, hint)
     sampling.check(body, bounds)
     field, wanted = _chat_max_tokens(body)
     tokens = await _encode_chat(state.engine.tokenizer, body)
@@ -129,6 +130,22 @@ async def plan_chat(
         await anyio.to_thread.run_sync(state.grammar.check, params.grammar)
     chosen = sampling.choices(params, body.seed, body.n or 1)
     return _job(state, "chatcmpl", body, tenant, adapter, [tokens], [chosen])
+
+
+def _worn(
+    state: ApiState, body: SamplingFields, tenant: TenantId, hint: RouteHint | None
+) -> AdapterRef | None:
+    """The version or the composition that the request is to wear; None for the bare base."""
+    adapter = state.adapters.resolve(body.model, tenant, hint)
+    if body.adapter is None:
+        return adapter
+    if adapter is not None:
+        raise RequestError(
+            f"adapter is given, so model must be the base's id, {state.engine.model.id!r}",
+            param="model",
+        )
+    resolve = partial(state.adapters.resolve, tenant=tenant, hint=hint)
+    return resolve_composition(body.adapter, resolve, "adapter")
 
 
 def _context(bounds: sampling.Bounds, adapter: AdapterRef | None) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator
 from manyhats.api.administration import cause
 from manyhats.api.auth import Principal
 from manyhats.api.body import parse_json
+from manyhats.api.fields import CompositionField
 from manyhats.api.handlers import describe_validation
 from manyhats.api.schemas import StrictModel
 from manyhats.errors import RequestError
@@ -54,10 +55,13 @@ class Described(StrictModel):
 
 
 class RegisterRequest(Described):
-    """Body of ``POST /admin/adapters`` as JSON. ``path``: a folder within an allowed root."""
+    """Body of ``POST /admin/adapters`` as JSON. ``path``: a folder within an allowed root; or
+    ``composition``: registered adapters worn as one.
+    """
 
     name: str
-    path: str
+    path: str | None = None
+    composition: CompositionField = None
 
 
 def described(texts: Mapping[str, str]) -> Described:

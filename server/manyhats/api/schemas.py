@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from manyhats.api.fields import Content, LogitBias, Metadata, Prompts, Stops, only
+from manyhats.api.fields import (
+    CompositionField,
+    Content,
+    LogitBias,
+    Metadata,
+    Prompts,
+    Stops,
+    only,
+)
 
 _TEMPLATE = "is not accepted from a request (the model's own chat template is used)"
 
@@ -48,9 +56,10 @@ class ResponseFormat(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """What completions and chat completions share."""
+    """What completions and chat completions share. ``adapter``: several adapters worn as one."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
+    adapter: CompositionField = None
     max_tokens: Annotated[int | None, Field(ge=0)] = None
     min_tokens: Annotated[int | None, Field(ge=0)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import SlotTable
 from manyhats.config import Settings
@@ -15,16 +16,18 @@ from manyhats.engine.grammars import Grammars
 from manyhats.engine.graphs import CudaCapture, DecodeGraphs, GraphShape
 from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
+from manyhats.engine.kernels import check_rank
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
 from manyhats.engine.layers import install
 from manyhats.engine.loop import Deliver, EngineLoop
 from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
+from manyhats.engine.no_adapters import NoAdapters
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
-from manyhats.engine.residency import AdapterResidency, NoAdapters
+from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner, forward
 from manyhats.engine.sampling import Sampler
 from manyhats.engine.step import StepState
@@ -65,6 +68,7 @@ def build_engine(
     replaces the client's own delivery (for callers without an event loop). ``shares`` gives a
     tenant's part. Raises ConfigError on sizes that cannot work.
     """
+    check_rank(kernels, settings.max_rank)
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
     pool, residency = None, None
@@ -78,6 +82,7 @@ def build_engine(
             pool,
             load_adapter,
             host_bytes=settings.host_cache_mb << 20,
+            limits=AdapterLimits.of(settings),
             post=mailbox.post,
             observer=observer,
         )

@@ -227,4 +227,4 @@ class Postprocessor:
 
 def adapter_name(sequence: LiveSequence) -> str | None:
     """The adapter's name for metrics, None for the base."""
-    return sequence.adapter.name if sequence.adapter is not None else None
+    return sequence.adapter.label if sequence.adapter is not None else None

@@ -11,18 +11,22 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
+from manyhats.adapters.compose import compose
+from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.host import HostCache
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
 from manyhats.engine.interface import EngineObserver, ResidentAdapter
 from manyhats.engine.pool import AdapterPool
-from manyhats.errors import AdapterLoadError, ManyhatsError
+from manyhats.errors import AdapterLoadError, AdapterRejectedError, ManyhatsError, RequestError
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
-from manyhats.types import AdapterRef, Digest, Sequence
+from manyhats.types import AdapterRef, Composition, Digest, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +63,14 @@ class AdapterResidency:
         load: Callable[[Digest], CompiledAdapter],
         *,
         host_bytes: int,
+        limits: AdapterLimits,
         post: Callable[[Callable[[], None]], None],
         observer: EngineObserver,
     ) -> None:
-        """``load`` reads an adapter from the disk tier; ``host_bytes`` bounds the host tier."""
+        """``load`` reads an adapter from the disk tier; ``host_bytes`` bounds the host tier,
+        ``limits`` what a composition comes to.
+        """
+        self._limits = limits
         self._slots = slots
         self._pool = pool
         self._host = HostCache(host_bytes, load, on_evict=self._host_evicted)
@@ -185,7 +193,7 @@ class AdapterResidency:
         if isinstance(answer, StartLoad):
             for digest in answer.evicted:
                 evicted = self._entries[digest]
-                self._observer.adapter_evicted(evicted.ref.name, "device")
+                self._observer.adapter_evicted(evicted.ref.label, "device")
                 evicted.placed = False
                 self._clear(evicted)
                 self._forget_if_idle(digest)
@@ -213,34 +221,45 @@ class AdapterResidency:
     def _host_evicted(self, digest: Digest) -> None:
         entry = self._entries.get(digest)
         # Nobody on the device or in the queue knows the name of one that is long gone.
-        self._observer.adapter_evicted(entry.ref.name if entry is not None else "(gone)", "host")
+        self._observer.adapter_evicted(entry.ref.label if entry is not None else "(gone)", "host")
 
     # The two loads run on their own threads and touch nothing of the step thread's but through
     # post().
 
+    def _hold(self, ref: AdapterRef) -> AbstractContextManager[CompiledAdapter]:
+        """The adapter on the host, a composition made of its members there."""
+        whole = ref.composition
+        if whole is None:
+            return self._host.hold(ref.digest)
+        return self._host.hold(ref.digest, partial(self._compose, ref, whole))
+
+    def _compose(self, ref: AdapterRef, composition: Composition) -> CompiledAdapter:
+        members = [self._host.get(member.digest) for member in composition.members]
+        return compose(ref, composition, members, self._limits)
+
     def _load_host(self, ref: AdapterRef) -> None:
         started = time.monotonic()
         try:
-            with self._host.hold(ref.digest) as adapter:
+            with self._hold(ref) as adapter:
                 needs = self._pool.needs(adapter)
                 _check_virtual_tokens(ref, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
             failure = _as_load_error(ref, error)
             self._post(lambda: self._failed(ref, failure))
             return
-        self._observer.adapter_loaded(ref.name, "host", time.monotonic() - started)
+        self._observer.adapter_loaded(ref.label, "host", time.monotonic() - started)
         self._post(lambda: self._on_host(ref, needs))
 
     def _load_device(self, ref: AdapterRef, slot: int, starts: tuple[int, ...]) -> None:
         started = time.monotonic()
         try:
-            with self._host.hold(ref.digest) as adapter:
+            with self._hold(ref) as adapter:
                 self._pool.write(slot, starts, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
             failure = _as_load_error(ref, error)
             self._post(lambda: self._device_failed(ref, failure))
             return
-        self._observer.adapter_loaded(ref.name, "device", time.monotonic() - started)
+        self._observer.adapter_loaded(ref.label, "device", time.monotonic() - started)
         self._post(lambda: self._on_device(ref))
 
     # What the loads post: on the step thread again.
@@ -262,8 +281,11 @@ class AdapterResidency:
         self._failed(ref, error)
 
     def _failed(self, ref: AdapterRef, error: ManyhatsError) -> None:
-        logger.error("adapter %s cannot be loaded: %s", ref, error.message)
-        self._observer.adapter_load_failed(ref.name)
+        if isinstance(error, RequestError):
+            logger.info("adapter %s is refused: %s", ref, error.message)
+        else:
+            logger.error("adapter %s cannot be loaded: %s", ref, error.message)
+            self._observer.adapter_load_failed(ref.label)
         entry = self._entry(ref)
         entry.loading = False
         entry.needs = None
@@ -294,6 +316,8 @@ def _check_virtual_tokens(ref: AdapterRef, adapter: CompiledAdapter) -> None:
 def _as_load_error(ref: AdapterRef, error: Exception) -> ManyhatsError:
     if isinstance(error, AdapterLoadError):
         return error
+    if isinstance(error, AdapterRejectedError) and ref.composition is not None:
+        return error  # the members are fine, the caller put together what does not fit
     logger.exception("loading adapter %s", ref, exc_info=error)
     return AdapterLoadError(f"adapter {ref} cannot be loaded: {error}", param="model")
 
@@ -306,31 +330,3 @@ def _single_threaded() -> None:
     """Loads leave the cores to the step loop. torch sets up a thread's count at its first use."""
     torch.get_num_threads()
     torch.set_num_threads(1)
-
-
-class NoAdapters:
-    """The ``Residency`` of an engine built without adapter layers: every adapter fails."""
-
-    def prepare(self, seq: Sequence) -> Admission:
-        """Failed, always."""
-        return Failed(
-            AdapterLoadError(
-                f"adapter {seq.adapter} cannot be served: this server was started without adapter "
-                "layers",
-                param="model",
-            )
-        )
-
-    acquire = prepare
-
-    def release(self, seq: Sequence) -> None:
-        """Nothing is ever leased."""
-
-    def cancel(self, seq: Sequence) -> None:
-        """Nothing ever waits."""
-
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Nothing is ever loaded."""
-
-    def drop(self, ref: AdapterRef) -> None:
-        """Nothing was loaded."""

@@ -37,6 +37,8 @@ _MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         """,
     ),
     ("ALTER TABLE adapters ADD COLUMN virtual_tokens INTEGER NOT NULL DEFAULT 0",),
+    # A composition is all here: no folder of the store has its digest.
+    ("ALTER TABLE adapters ADD COLUMN composition TEXT",),
     (
         "ALTER TABLE adapters ADD COLUMN state TEXT NOT NULL DEFAULT 'ready'",
         "ALTER TABLE adapters ADD COLUMN actor TEXT NOT NULL DEFAULT ''",

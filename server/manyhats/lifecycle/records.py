@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from manyhats.errors import ConflictError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.routes import BASELINE, Route
 from manyhats.types import AdapterRef, TenantId
 
@@ -105,6 +106,28 @@ class Entry:
         return version
 
 
+def check_no_member(entries: Iterable[Entry], name: str, version: int | None) -> None:
+    """Raises ConflictError where a version of ``name`` (None: any) is a member of a registered
+    composition.
+    """
+    holders = [
+        str(record.ref)
+        for entry in entries
+        for record in entry.versions
+        if record.ref.composition
+        and any(
+            member.name == name and version in (None, member.version)
+            for member in record.ref.composition.members
+        )
+    ]
+    if holders:
+        raise ConflictError(
+            f"adapter {name!r} is a member of {len(holders)} registered compositions: "
+            f"{', '.join(holders[:5])}; delete those first",
+            param="name",
+        )
+
+
 def check_name(name: str) -> None:
     """Raises RequestError unless ``name`` may name an adapter."""
     if not _NAME.fullmatch(name):
@@ -125,4 +148,21 @@ def held(entry: Entry, what: str, verb: str) -> ConflictError:
     """Why something of ``entry`` cannot go: requests are routed to it."""
     return ConflictError(
         f"{what} is not {verb}: requests for {entry.name!r} are routed to {entry.route.described()}"
+    )
+
+
+def route_json(route: Route | None) -> Mapping[str, Any]:
+    """A name's route as the audit log keeps it; empty where there is none."""
+    return {} if route is None else {"route": route.shown()}
+
+
+def card_of(entry: Entry, record: AdapterRecord) -> AdapterCard:
+    """The version as it is listed."""
+    return AdapterCard(
+        ref=record.ref,
+        family=record.family,
+        max_rank=record.max_rank,
+        nbytes=record.nbytes,
+        created=record.created,
+        stable=record.ref.version == entry.route.stable,
     )

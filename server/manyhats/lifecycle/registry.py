@@ -35,9 +35,10 @@ from manyhats.lifecycle.records import (
     State,
     check_name,
     held,
+    route_json,
 )
 from manyhats.lifecycle.routes import BASELINE, Route
-from manyhats.types import AdapterRef, Digest, TenantId
+from manyhats.types import AdapterRef, Composition, Digest, TenantId
 
 _T = TypeVar("_T")
 
@@ -100,6 +101,7 @@ class Registry:
         nbytes: int,
         source: str,
         virtual_tokens: int = 0,
+        composition: Composition | None = None,
         registration: Registration | None = None,
     ) -> AdapterRef:
         """The next version of ``name``, or its newest one where that has the same digest already
@@ -123,7 +125,8 @@ class Registry:
             newest = versions[-1].ref.version if versions else BASELINE
 
             def run(db: sqlite3.Connection) -> Entry:
-                ref = AdapterRef(name, tables.next_version(db, name), digest, virtual_tokens)
+                version = tables.next_version(db, name)
+                ref = AdapterRef(name, version, digest, virtual_tokens, composition)
                 record = AdapterRecord(
                     ref,
                     tenant,
@@ -141,7 +144,7 @@ class Registry:
                 tables.insert_version(db, record)
                 tables.set_route(db, name, route)
                 after = {**record.audited(), "route": route.shown()}
-                self._audit(db, told.cause, "register", name, _route_json(before), after)
+                self._audit(db, told.cause, "register", name, route_json(before), after)
                 return Entry((*versions, record), route)
 
             added = self._write(run)
@@ -234,7 +237,7 @@ class Registry:
                     tables.delete_version(db, record)
                 tables.set_route(db, name, route)
                 before = {"versions": [r.audited() for r in gone], "route": entry.route.shown()}
-                self._audit(db, cause or Cause(), "delete", name, before, _route_json(route))
+                self._audit(db, cause or Cause(), "delete", name, before, route_json(route))
 
             self._write(run)
             self._swap(name, Entry(kept, route) if route else None)
@@ -287,9 +290,9 @@ class Registry:
             return self._uses[digest]
 
     def digests(self) -> set[Digest]:
-        """The content of every version."""
-        with self._reading:
-            return set(self._uses)
+        """The content of every version that the store keeps: compositions have none there."""
+        refs = [record.ref for entry in self.entries() for record in entry.versions]
+        return {ref.digest for ref in refs if ref.composition is None}
 
     def _existing(self, name: str) -> Entry:
         entry = self.entry(name)
@@ -343,7 +346,3 @@ class Registry:
             return transaction(self._db, run)
         except sqlite3.Error as exc:
             raise ServiceError(f"the registry cannot be written: {exc}") from exc
-
-
-def _route_json(route: Route | None) -> Mapping[str, Any]:
-    return {} if route is None else {"route": route.shown()}

@@ -10,30 +10,33 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from manyhats.adapters.files import locate
-from manyhats.adapters.parts import CompiledAdapter
+from manyhats.adapters.compose import compose
+from manyhats.adapters.files import AdapterLimits, locate
 from manyhats.adapters.store import AdapterStore, Staging
 from manyhats.errors import (
-    AdapterLoadError,
     AdapterRejectedError,
     ConflictError,
     ModelNotFoundError,
+    PermissionDeniedError,
 )
 from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.compositions import NamedComposition, resolve_composition
 from manyhats.lifecycle.directory import AdapterCard
+from manyhats.lifecycle.loading import Compile, Residency, load_adapter, reconcile
 from manyhats.lifecycle.names import NearNames
 from manyhats.lifecycle.records import (
-    AdapterRecord,
     Entry,
     Registration,
     State,
+    card_of,
     check_name,
+    check_no_member,
     split_version,
 )
 from manyhats.lifecycle.registry import Registry
@@ -45,37 +48,12 @@ logger = logging.getLogger(__name__)
 
 _DROPPED_REMEMBERED: Final = 1024
 
-Compile = Callable[[Path], CompiledAdapter]
-"""Reads and checks a version's folder. Raises AdapterRejectedError. The digest is put in later."""
-
-
-class Residency(Protocol):
-    """The tiers above the disk, as registration sees them. Thread-safe; returns at once."""
-
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Start to bring the version to the host tier; undoes a ``drop`` of the same content."""
-
-    def drop(self, ref: AdapterRef) -> None:
-        """No new lease on the version; its memory goes now, or with the last lease."""
-
-
-def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:
-    """A version out of the store, lengths checked, in canonical form: what fills the host tier.
-
-    Raises AdapterLoadError, also for what was accepted once and is no longer (damaged bytes, a
-    lower ``max_rank``).
-    """
-    try:
-        return replace(compile_folder(store.path(digest)), digest=digest)
-    except AdapterRejectedError as exc:
-        raise AdapterLoadError(f"adapter {digest} can no longer be served: {exc.message}") from exc
-
 
 class AdapterService:
     """The adapters of one server; implements ``AdapterDirectory``. Thread-safe.
 
-    ``roots`` are the folders that may be registered from, ``max_bytes`` bounds an adapter's
-    weights, ``base_id`` is the base's own name. ``resolve``, ``list``, ``get``, ``visible`` and
+    ``roots`` are the folders that may be registered from, ``limits`` bounds an adapter,
+    ``base_id`` is the base's own name. ``resolve``, ``list``, ``get``, ``visible`` and
     ``entry`` answer from memory; the others block on the disk and belong on a worker thread.
     ``rollouts`` changes which version a name means.
     """
@@ -89,7 +67,7 @@ class AdapterService:
         residency: Residency,
         base_id: str,
         roots: Sequence[Path],
-        max_bytes: int,
+        limits: AdapterLimits,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -97,14 +75,14 @@ class AdapterService:
         self._residency = residency
         self._base_id = base_id
         self._roots = tuple(roots)
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._compiling = threading.Lock()  # the memory of one adapter at a time
         self._changing = threading.Lock()  # store and registry change together
         # Running requests may still hold these on the device: it must be told if they come back.
         self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
         self._near: tuple[tuple[int, int, TenantId], NearNames] | None = None
         self.rollouts = Rollouts(registry, self.entry)
-        self._reconcile()
+        reconcile(store, registry)
 
     def resolve(
         self, model: str, tenant: TenantId, hint: RouteHint | None = None
@@ -128,7 +106,7 @@ class AdapterService:
     def list(self, tenant: TenantId) -> list[AdapterCard]:
         """Every version that the tenant may ask for, by name, oldest first."""
         return [
-            _card(entry, record)
+            card_of(entry, record)
             for entry in self._registry.entries()
             if self._registry.may_use(entry, tenant)
             for record in entry.versions
@@ -147,13 +125,10 @@ class AdapterService:
         record = entry.find(version)
         if record is None:
             raise self._not_found(model, tenant)
-        return _card(entry, record)
+        return card_of(entry, record)
 
     def visible(self, name: str, tenant: TenantId) -> Entry:
-        """Every version of a name that the tenant may use, oldest first, and its route.
-
-        Raises ModelNotFoundError.
-        """
+        """A name that the tenant may use, all its versions. Raises ModelNotFoundError."""
         entry = self._registry.entry(name)
         if entry is None or not self._registry.may_use(entry, tenant):
             raise self._not_found(name, tenant)
@@ -201,7 +176,7 @@ class AdapterService:
 
     def stage(self) -> AbstractContextManager[Staging]:
         """Room for an upload; gone at the block's end. Raises ServiceError (the disk)."""
-        return self._store.stage(self._max_bytes)
+        return self._store.stage(self._limits.max_bytes)
 
     def register_staged(
         self,
@@ -245,6 +220,66 @@ class AdapterService:
         logger.info("adapter %s is registered: digest %s, from %s", ref, digest, source)
         return card
 
+    def register_composition(
+        self,
+        name: str,
+        wanted: NamedComposition,
+        *,
+        tenant: TenantId,
+        source: str | None = None,
+        registration: Registration | None = None,
+    ) -> AdapterCard:
+        """Register adapters worn as one, pinned to the versions that their names mean now.
+
+        Raises RequestError, ModelNotFoundError, PermissionDeniedError (another tenant's member),
+        AdapterRejectedError (not to be composed), ConflictError, AdapterLoadError, ServiceError.
+        """
+        self.check(name)
+        resolve = partial(self.resolve, tenant=tenant)
+        ref = resolve_composition(wanted, resolve, "composition")
+        if ref.composition is None:
+            raise ValueError(f"{ref} is no composition")
+        self._check_owned(ref.composition.members, tenant)
+        with self._compiling:
+            members = [
+                load_adapter(self._store, self._compile, member.digest)
+                for member in ref.composition.members
+            ]
+            compiled = compose(ref, ref.composition, members, self._limits)
+            max_rank, nbytes = compiled.max_rank, compiled.nbytes
+            del members, compiled
+        with self._changing:
+            for member in ref.composition.members:
+                if resolve(str(member)) != member:  # raises where it was deleted meanwhile
+                    raise ConflictError(f"{member} has changed meanwhile", param="composition")
+            added = self._registry.add(
+                name,
+                ref.digest,
+                tenant=tenant,
+                family=ref.composition.kind.value,
+                max_rank=max_rank,
+                nbytes=nbytes,
+                source=source or ref.name,
+                virtual_tokens=ref.virtual_tokens,
+                composition=ref.composition,
+                registration=registration,
+            )
+            if ref.digest in self._dropped:
+                self._dropped.remove(ref.digest)
+                self._residency.prefetch(added)
+            card = self.get(str(added), tenant)
+        logger.info("composition %s is registered: %s", added, ref.name)
+        return card
+
+    def _check_owned(self, members: Sequence[AdapterRef], tenant: TenantId) -> None:
+        """Pinned members outlive a grant and hold up their owner: only one's own may be pinned."""
+        for member in members:
+            if self.visible(member.name, tenant).owner != tenant:
+                raise PermissionDeniedError(
+                    f"composition: {member} is another tenant's; name it in the request instead",
+                    param="composition",
+                )
+
     def check(self, name: str) -> None:
         """What can be said before a byte is read. Raises RequestError or ConflictError."""
         check_name(name)
@@ -269,6 +304,7 @@ class AdapterService:
             entry = self.entry(name, tenant)
             if version is not None and entry.find(version) is None:
                 raise self._not_found(model, tenant)
+            check_no_member(self._registry.entries(), name, version)
             gone = self._registry.delete(name, version, force=force, cause=cause)
             refs = tuple(record.ref for record in gone)
             unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
@@ -290,15 +326,6 @@ class AdapterService:
         draw = drawn(self._registry.draw_key, entry.name, canary.version, sticky)
         return entry.route.target(hint, draw=draw)
 
-    def _reconcile(self) -> None:
-        """Bring the store in line with the registry after a death between the two."""
-        kept, known = set(self._store.list()), self._registry.digests()
-        for digest in kept - known:
-            self._store.delete(digest)
-            logger.info("removed %s from the store: no version refers to it", digest)
-        for digest in known - kept:
-            logger.error("adapter version %s is registered, its bytes are missing", digest)
-
     def _not_found(self, model: str, tenant: TenantId) -> ModelNotFoundError:
         message = f"no model or adapter {model[:140]!r}"
         name, at, _ = model.partition("@")
@@ -319,14 +346,3 @@ class AdapterService:
             names = {record.ref.name for record in self._registry.list(tenant)}
             near = self._near = (state, NearNames({*names, self._base_id}))
         return near[1]
-
-
-def _card(entry: Entry, record: AdapterRecord) -> AdapterCard:
-    return AdapterCard(
-        ref=record.ref,
-        family=record.family,
-        max_rank=record.max_rank,
-        nbytes=record.nbytes,
-        created=record.created,
-        stable=record.ref.version == entry.route.stable,
-    )

@@ -7,6 +7,7 @@ import sqlite3
 
 from manyhats.lifecycle import routes
 from manyhats.lifecycle.audit import canonical
+from manyhats.lifecycle.compositions import from_json, to_json
 from manyhats.lifecycle.records import AdapterRecord, Entry, State
 from manyhats.lifecycle.routes import Route
 from manyhats.types import AdapterRef, Digest, TenantId
@@ -27,8 +28,8 @@ def insert_version(db: sqlite3.Connection, record: AdapterRecord) -> None:
     ref = record.ref
     db.execute(
         "INSERT INTO adapters (name, version, digest, virtual_tokens, tenant, family, max_rank, "
-        "nbytes, created, source, state, actor, revision, metadata) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "nbytes, created, source, state, actor, revision, metadata, composition) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             ref.name,
             ref.version,
@@ -44,6 +45,7 @@ def insert_version(db: sqlite3.Connection, record: AdapterRecord) -> None:
             record.actor,
             record.revision,
             canonical(dict(record.metadata)),
+            None if ref.composition is None else to_json(ref.composition),
         ),
     )
 
@@ -80,11 +82,12 @@ def read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
     versions: dict[str, list[AdapterRecord]] = {}
     for name, version, digest, virtual_tokens, tenant, state, metadata, *rest in db.execute(
         "SELECT name, version, digest, virtual_tokens, tenant, state, metadata, family, max_rank, "
-        "nbytes, created, source, actor, revision FROM adapters ORDER BY name, version"
+        "nbytes, created, source, actor, revision, composition FROM adapters ORDER BY name, version"
     ):
-        family, max_rank, nbytes, created, source, actor, revision = rest
+        family, max_rank, nbytes, created, source, actor, revision, stored = rest
+        composition = None if stored is None else from_json(stored)
         record = AdapterRecord(
-            AdapterRef(name, version, Digest(digest), virtual_tokens),
+            AdapterRef(name, version, Digest(digest), virtual_tokens, composition),
             TenantId(tenant),
             family,
             max_rank,

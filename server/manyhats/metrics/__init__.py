@@ -1,11 +1,12 @@
 """Every Prometheus series, its labels and why they are bounded.
 
-``adapter`` is an adapter's name, ``base`` for the bare base, or ``other``: the first N names to
-arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
-N + 2 values; ``tenant`` likewise, with ``metrics_tenants``. ``quota`` is a field of
-``tenancy.model.Quotas``. ``outcome`` is one of four finish reasons; ``tier`` is ``host`` or
-``device``; ``route`` is a template of the application's own routes or ``unmatched``, never a path;
-``method`` is one of seven or ``other``; ``status`` is an HTTP status.
+``adapter`` is an adapter's name, ``(stack)`` or ``(weighted)`` for every composition that a request
+named, ``base`` for the bare base, or ``other``: the first N names to arrive keep a label of their
+own (N = the setting ``metrics_adapters``), so the label has at most N + 2 values; ``tenant``
+likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
+one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a template of the
+application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
+``status`` is an HTTP status; ``backend`` has one value, the kernels in use.
 
 ====================================  =========  =====================  =========================
 series                                type       labels                 meaning
@@ -32,6 +33,7 @@ manyhats_tenant_requests_total        counter    tenant                 requests
 manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
+manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
 manyhats_running, _waiting            gauge                             sequences: batch, queue
@@ -65,6 +67,7 @@ from typing import Final
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -129,6 +132,10 @@ class Metrics:
     def watch(self, stats: Callable[[], StatsView]) -> None:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
+
+    def kernels(self, backend: str) -> None:
+        """The engine computes with the kernels of this name. Said once, when it is built."""
+        self._kernels.labels(backend).set(1)
 
     def render(self) -> bytes:
         """The exposition in Prometheus' text format (CONTENT_TYPE)."""
@@ -240,6 +247,9 @@ class Metrics:
         self._http = self._counter("http_requests", "HTTP answers.", ("route", "method", "status"))
 
     def _declare_engine(self) -> None:
+        self._kernels = Gauge(
+            "manyhats_kernels_info", "The kernels in use.", ("backend",), registry=self.registry
+        )
         self._step_seconds = self._histogram("step_seconds", "One step.", (), _SHORT)
         tokens = self._counter("step_tokens", "Tokens run.", ("kind",))
         self._prefill_tokens = tokens.labels("prefill")

@@ -113,7 +113,7 @@ class SnapshotCollector(Collector):
     def _leases(self, stats: StatsView) -> Metric:
         leases: dict[str, int] = {}
         for adapter in stats.resident:
-            label = self._cap.label(adapter.ref.name)
+            label = self._cap.label(adapter.ref.label)
             leases[label] = leases.get(label, 0) + adapter.leases
         family = GaugeMetricFamily(
             "manyhats_adapter_leases", "Sequences that hold a resident adapter.", labels=["adapter"]
@@ -143,6 +143,12 @@ def _own_families(stats: StatsView) -> Iterator[Metric]:
     yield CounterMetricFamily("manyhats_failed_steps", "Steps failed.", value=stats.failed_steps)
 
 
+def _named(waiting: str) -> str:
+    """The label of ``name@version``, or of a composition, ``weighted(a@1:0.7,b@2:0.3)``."""
+    kind, composed, _ = waiting.partition("(")
+    return f"({kind})" if composed else waiting.partition("@")[0]
+
+
 def _gateway_families(stats: StatsView, now: float) -> Iterator[Metric]:
     """The Gateway API Inference Extension's names and semantics."""
     info = GaugeMetricFamily(
@@ -150,9 +156,9 @@ def _gateway_families(stats: StatsView, now: float) -> Iterator[Metric]:
         "Adapters resident and waiting; the value is the time of the update.",
         labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
     )
-    resident = ",".join(sorted({adapter.ref.name for adapter in stats.resident}))
+    resident = ",".join(sorted({adapter.ref.label for adapter in stats.resident}))
     # requests name the adapter, so the list does too, whatever version is on its way
-    waiting = ",".join(sorted({name.partition("@")[0] for name in stats.waiting_adapters}))
+    waiting = ",".join(sorted({_named(name) for name in stats.waiting_adapters}))
     info.add_metric([str(stats.slots_total), resident, waiting], now)
     yield info
     yield GaugeMetricFamily("vllm:num_requests_running", "Running.", value=stats.running)

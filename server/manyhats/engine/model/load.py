@@ -71,7 +71,7 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
     """
     device = resolve_device(settings.device)
     dtype = TORCH_DTYPES[settings.dtype]
-    source, name = _source(settings)
+    source, name = model_source(settings)
     started = time.monotonic()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
@@ -169,7 +169,7 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _source(settings: Settings) -> tuple[str, str]:
+def model_source(settings: Settings) -> tuple[str, str]:
     """Where to load from, and under which name to serve it."""
     if settings.model == "default":
         path = ensure_default_model(settings.home)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from support.aot import Case
+from aot.compiler import Case
 
 from manyhats_kernels.triton import quant, quant_kernels
 
@@ -45,10 +45,11 @@ def matmul(
     tile: quant.MatmulTile, dtype: str, block_k: int, *, nested: bool, parts: int, split: bool
 ) -> Case:
     """The product's kernel for a tile of the table."""
-    adapters = f" + expand of {parts} parts" if parts else ""
+    flags = {"nested": nested, f"expand{parts}": parts, "split": split}
     return Case(
-        f"matmul T{tile.block_t} K{block_k} {dtype}{' nested' if nested else ''}{adapters}"
-        f"{' split' if split else ''}",
+        "-".join(
+            [f"matmul4-t{tile.block_t}-k{block_k}-{dtype}", *(f for f, on in flags.items() if on)]
+        ),
         quant_kernels.matmul_kernel,
         {
             "out": POINTERS[dtype],
@@ -73,6 +74,7 @@ def matmul(
         tile.warps,
         tile.stages,
         fusion=False,
+        tensor_cores=dtype != "fp32",
     )
 
 
@@ -86,7 +88,7 @@ def cases() -> Iterator[Case]:
     yield matmul(first, "fp16", 32, nested=True, parts=0, split=True)
     last = quant.tile_for(64, torch.bfloat16)
     yield Case(
-        "dequantize bf16 nested",
+        "dequantize4-bf16-nested",
         quant_kernels.dequantize_kernel,
         {
             "out": "*bf16",
@@ -98,7 +100,7 @@ def cases() -> Iterator[Case]:
         fusion=False,
     )
     yield Case(
-        "reduce bf16",
+        "reduce4-bf16",
         quant_kernels.reduce_kernel,
         {
             "out": "*bf16",
@@ -111,7 +113,7 @@ def cases() -> Iterator[Case]:
         },
     )
     yield Case(
-        "expand bf16",
+        "expand4-bf16",
         quant_kernels.expand_kernel,
         {
             "out": "*bf16",
@@ -125,4 +127,5 @@ def cases() -> Iterator[Case]:
             "PRECISION": "tf32",
         },
         warps=last.warps,
+        tensor_cores=True,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from support.aot import Case
+from aot.compiler import Case
 
 from manyhats_kernels.triton import attention, cache_kernels
 from manyhats_kernels.triton import attention_kernels as kernels
@@ -44,7 +44,7 @@ def _common(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> d
 def prefill(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> Case:
     """A tile of queries, four heads sharing a kv head."""
     return Case(
-        f"prefill head {tile.head} {dtype}{' window cap' if everything else ''}",
+        f"attention-prefill-head{tile.head}-{dtype}{'-window-cap' if everything else ''}",
         kernels.prefill_kernel,
         {
             **_common(tile, dtype, everything=everything),
@@ -54,13 +54,14 @@ def prefill(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> C
         },
         tile.warps,
         tile.stages,
+        tensor_cores=tile.bits == 16,
     )
 
 
 def decode(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> Case:
     """Single queries, their context shared."""
     return Case(
-        f"decode head {tile.head} {dtype}{' window cap' if everything else ''}",
+        f"attention-decode-head{tile.head}-{dtype}{'-window-cap' if everything else ''}",
         kernels.decode_kernel,
         {
             **_common(tile, dtype, everything=everything),
@@ -74,6 +75,7 @@ def decode(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> Ca
         },
         attention.DECODE_WARPS,
         tile.stages,
+        tensor_cores=tile.bits == 16,
     )
 
 
@@ -85,7 +87,7 @@ def cases() -> Iterator[Case]:
         yield decode(tile, dtype, everything=True)
     yield prefill(attention.tile_for(128, torch.float16), "fp16", everything=False)
     yield Case(
-        "merge bf16",
+        "attention-merge-bf16",
         kernels.merge_kernel,
         {
             "out": "*bf16",
@@ -105,7 +107,7 @@ def cases() -> Iterator[Case]:
     )
     strides = {f"stride_{t}{d}": "i32:16" for t in "kv" for d in "th"}
     yield Case(
-        "store bf16",
+        "store-kv-bf16",
         cache_kernels.store_kernel,
         {
             **dict.fromkeys(("k", "v", "k_cache", "v_cache"), "*bf16"),

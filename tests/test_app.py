@@ -1,0 +1,73 @@
+"""The composition root, over a tiny model: what is said of kernels that had to be passed over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import httpx
+import pytest
+import torch
+from support.models import tiny_model, tiny_tokenizer
+from support.scripts import FAILING_CC, script
+
+from manyhats.app import build
+from manyhats.config import Settings
+
+
+@pytest.fixture
+def threads():
+    """A built application leaves this thread one of torch's; the other tests keep theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    folder = tmp_path / "base"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return Settings(
+        home=tmp_path / "home",
+        model=str(folder),
+        device="cpu",
+        dtype="fp32",
+        quantization="none",
+        kernels="auto",
+        kv_cache_mb=16,
+    )
+
+
+def answers(api, *paths: str) -> list[httpx.Response]:
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [await client.get(path) for path in paths]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.usefixtures("threads")
+def test_native_code_that_cannot_be_built_is_a_warning_and_shows(
+    settings, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin" / "cc", FAILING_CC)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    with caplog.at_level(logging.INFO, "manyhats.app"):
+        application = build(settings)
+    try:
+        ready, metrics = answers(application.api, "/readyz", "/metrics")
+    finally:
+        for close in application.closing:
+            close()
+    (told,) = [r for r in caplog.records if r.getMessage().startswith("kernels: ")]
+    assert told.levelno == logging.WARNING
+    kernels = ready.json()["kernels"]
+    assert told.getMessage() == f"kernels: torch ({kernels['reason']})"
+    assert kernels["backend"] == "torch"
+    assert kernels["reason"].startswith("plain PyTorch, slower: ")
+    assert "cannot make vectors" in kernels["reason"]
+    assert 'manyhats_kernels_info{backend="torch"} 1.0' in metrics.text.splitlines()
