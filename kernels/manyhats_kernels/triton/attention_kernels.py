@@ -149,12 +149,11 @@ def decode_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     token = tl.load(query_start + sequence)
-    if tl.load(query_start + sequence + 1) - token != 1:
-        return
     context = tl.load(context_lens + sequence)
     first, share = visible_of(context, window, WINDOWED, SPLITS, CHUNK)
     begin = first + split * share
-    if (begin >= context) & (split > 0):
+    single = tl.load(query_start + sequence + 1) - token == 1
+    if not single or ((begin >= context) & (split > 0)):
         return
     members = tl.arange(0, BLOCK_M)
     heads = kv_head * GROUP + members
@@ -191,8 +190,10 @@ def decode_kernel(
     )
     num_heads = tl.num_programs(1) * GROUP
     if DIRECT:
-        places = (token.to(tl.int64) * num_heads + heads)[:, None] * DIM + columns[None, :]
-        tl.store(out + places, divided(sums, total[:, None]), mask=shown)
+        # the token again: kept over the loop, it would be the register too many
+        out += tl.load(query_start + sequence).to(tl.int64) * (num_heads * DIM)
+        out += heads[:, None] * DIM + columns[None, :]
+        tl.store(out, divided(sums, total[:, None]), mask=shown)
     else:
         place = (sequence.to(tl.int64) * num_heads + heads) * tl.num_programs(2) + split
         tl.store(parts + place[:, None] * DIM + columns[None, :], sums, mask=shown)

@@ -58,10 +58,13 @@ def prefill(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> C
     )
 
 
-def decode(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> Case:
-    """Single queries, their context shared."""
+def decode(
+    tile: attention.AttentionTile, dtype: str, *, everything: bool, direct: bool = False
+) -> Case:
+    """Single queries, their context shared, or ``direct``: short, and not shared."""
     return Case(
-        f"attention-decode-head{tile.head}-{dtype}{'-window-cap' if everything else ''}",
+        f"attention-decode-head{tile.head}-{dtype}{'-window-cap' if everything else ''}"
+        f"{'-direct' if direct else ''}",
         kernels.decode_kernel,
         {
             **_common(tile, dtype, everything=everything),
@@ -71,7 +74,7 @@ def decode(tile: attention.AttentionTile, dtype: str, *, everything: bool) -> Ca
             "BLOCK_M": 16,
             "SPLITS": attention.SPLITS,
             "CHUNK": attention.CHUNK,
-            "DIRECT": False,
+            "DIRECT": direct,
         },
         attention.DECODE_WARPS,
         tile.stages,
@@ -85,6 +88,8 @@ def cases() -> Iterator[Case]:
         dtype = "bf16" if tile.bits == 16 else "fp32"
         yield prefill(tile, dtype, everything=True)
         yield decode(tile, dtype, everything=True)
+        if tile.bits == 16:
+            yield decode(tile, dtype, everything=False, direct=True)
     yield prefill(attention.tile_for(128, torch.float16), "fp16", everything=False)
     yield Case(
         "attention-merge-bf16",
