@@ -6,9 +6,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 from manyhats import __version__
-from manyhats.config import Settings
+from manyhats.commands import adapters
+from manyhats.config import CLIENT_VARIABLES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -73,16 +75,23 @@ def test_flags_of_the_server_exist(document):
         for folder in ("examples", "loadtests")
         for path in (ROOT / folder).glob("*.py")
     )
+    remote = {
+        name: {opt.removeprefix("--") for p in c.params for opt in (*p.opts, *p.secondary_opts)}
+        for name, c in typer.main.get_command(adapters.app).commands.items()
+    }
     for piece in code(document):
         if re.search(r"\bmanyhats (serve|fetch-default|build-kernels)\b", piece):
             assert set(FLAG.findall(piece)) <= served, piece
+        elif named := re.search(r"\bmanyhats adapters ([a-z]+)\b", piece):
+            assert set(FLAG.findall(piece)) <= remote[named[1]], piece
         elif piece.startswith("--"):
             (flag, *_) = FLAG.findall(piece)
-            assert flag in served or f'"--{flag}"' in scripts, piece
+            known = served.union(*remote.values())
+            assert flag in known or f'"--{flag}"' in scripts, piece
 
 
 def test_variables_exist(document):
-    known = {f"MANYHATS_{name.upper()}" for name in Settings.model_fields} | {"MANYHATS_KEY"}
+    known = {f"MANYHATS_{name.upper()}" for name in Settings.model_fields} | CLIENT_VARIABLES
     assert set(re.findall(r"MANYHATS_[A-Z_]+[A-Z]", document.read_text("utf-8"))) <= known
 
 

@@ -109,6 +109,28 @@ def test_the_environment_is_read_in_config_alone(trees):
     nothing(found(trees, reads))
 
 
+def test_adapters_are_resolved_only_where_the_tenant_is_asked_for(trees):
+    """A reference to an adapter is made in lifecycle alone, by look-ups that take the tenant."""
+    lifecycle = PACKAGES[0] / "lifecycle"
+    roots = {PACKAGES[0] / "app.py", PACKAGES[0] / "merge.py"}  # merge serves nobody
+
+    def made(path, node):
+        named = isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "AdapterRef"
+        return named and lifecycle not in path.parents
+
+    def beside(path, node):
+        module = getattr(node, "module", None) or ""
+        registry = isinstance(node, ast.ImportFrom) and module == "manyhats.lifecycle.registry"
+        return registry and lifecycle not in path.parents and path not in roots
+
+    nothing(found(trees, made))
+    nothing(found(trees, beside))
+    (directory,) = [t for p, t in trees.items() if p == lifecycle / "directory.py"]
+    methods = [n for n in ast.walk(directory) if isinstance(n, FUNCTIONS)]
+    takes = {m.name: [a.arg for a in m.args.args] for m in methods}
+    assert takes == {"resolve": ["self", "model", "tenant", "hint"], "list": ["self", "tenant"]}
+
+
 def test_nothing_is_asserted_or_printed(trees):
     def loud(path, node):
         return isinstance(node, ast.Assert) or (

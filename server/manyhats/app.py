@@ -25,7 +25,7 @@ from manyhats.adapters.files import AdapterLimits, read_config_file, read_weight
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin
+from manyhats.api import admin, rollouts, sharing, tenants, usage
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -38,10 +38,15 @@ from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
+from manyhats.lifecycle.loading import load_adapter
 from manyhats.lifecycle.registry import Registry
-from manyhats.lifecycle.service import AdapterService, load_adapter
+from manyhats.lifecycle.schedule import scheduled
+from manyhats.lifecycle.service import AdapterService
 from manyhats.metrics import Metrics
-from manyhats.types import DEFAULT_TENANT, Digest
+from manyhats.scheduler.fair import EVEN, Share, SharesOf
+from manyhats.tenancy.build import Tenancy, open_tenancy
+from manyhats.tenancy.directory import TenantDirectory
+from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +78,19 @@ def build(settings: Settings) -> Application:
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
     folder = settings.base_folder(base.name)
     store = AdapterStore(folder / "adapters")
-    registry = Registry(folder / "registry.sqlite", max_versions=settings.max_adapters)
+    file = folder / "registry.sqlite"
+    tenancy = open_tenancy(settings, file)
+    registry = Registry(file, max_versions=settings.max_adapters, access=tenancy.directory)
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
-    metrics = Metrics(settings.metrics_adapters)
+    metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)
     engine = build_engine(
         settings,
         base,
         kernels,
         load_adapter=partial(load_adapter, store, compile_folder),
         observer=metrics,
+        shares=_shares(tenancy.directory),
     )
     adapters = AdapterService(
         store=store,
@@ -99,9 +107,24 @@ def build(settings: Settings) -> Application:
         adapters=adapters,
         metrics=metrics,
         grammar=engine.grammars,
+        tenants=tenancy.directory,
+        limiter=tenancy.limiter,
     )
-    api = create_api(state, [admin.router], partial(_lifespan, engine=engine))
-    return Application(settings, engine, adapters, api, closing=(registry.close, store.close))
+    modules = (admin, rollouts, sharing, tenants, usage)
+    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    api = create_api(state, [module.router for module in modules], lifespan)
+    closing = (registry.close, store.close, tenancy.close)
+    return Application(settings, engine, adapters, api, closing)
+
+
+def _shares(directory: TenantDirectory) -> SharesOf:
+    """Each tenant's part as it is set now; one who is gone ends on equal terms."""
+
+    def share(ident: TenantId) -> Share:
+        tenant = directory.find(ident)
+        return EVEN if tenant is None else Share(tenant.weight, tenant.priority)
+
+    return share
 
 
 def _on_a_passing_thread(load: Callable[[], BaseModel], threads: int) -> BaseModel:
@@ -183,16 +206,21 @@ def _compile_folder(
 
 
 @asynccontextmanager
-async def _lifespan(_app: FastAPI, *, engine: Engine) -> AsyncIterator[None]:
+async def _lifespan(
+    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
-        yield
+        with tenancy.directory.keep_fresh():
+            async with scheduled(adapters.rollouts):
+                yield
     finally:
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
+        await tenancy.limiter.close()
 
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:

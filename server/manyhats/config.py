@@ -15,6 +15,9 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
+"""Variables of the commands that speak to a running server; no settings of a server."""
+
 
 class Quantization(enum.StrEnum):
     """How the base's linear weights are kept."""
@@ -100,7 +103,19 @@ class Settings(BaseSettings):
         default=(), description="API keys with the admin role (comma-separated in the environment)."
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        default=(), description="API keys with the user role (comma-separated in the environment)."
+        default=(),
+        description="API keys with the tenant role (comma-separated in the environment).",
+    )
+    redis_url: SecretStr | None = Field(
+        default=None,
+        description="Redis that replicas share tenants, keys and quotas through (redis://host/0).",
+    )
+    metrics_open: bool = Field(
+        default=False, description="Show /metrics without a key, where keys are configured."
+    )
+    docs_open: bool = Field(
+        default=False,
+        description="Show /docs, /redoc and /openapi.json, where keys are configured.",
     )
     adapter_root: Annotated[tuple[Path, ...], NoDecode] = Field(
         default=(),
@@ -167,6 +182,12 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
     )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
+    input_price: float = Field(
+        default=1.0, ge=0, le=1e6, description="A prompt token's cost in a tenant's share."
+    )
+    output_price: float = Field(
+        default=2.0, gt=0, le=1e6, description="A generated token's cost in a tenant's share."
+    )
 
     max_body_kb: int = Field(default=1024, ge=1, description="JSON body bound, KiB.")
     max_n: int = Field(default=16, ge=1, description="Bound of n.")
@@ -184,6 +205,11 @@ class Settings(BaseSettings):
         default=200,
         ge=1,
         description="Adapters with a label of their own in /metrics; the rest are 'other'.",
+    )
+    metrics_tenants: int = Field(
+        default=200,
+        ge=1,
+        description="Tenants with a label of their own in /metrics; the rest are 'other'.",
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
@@ -215,5 +241,5 @@ class Settings(BaseSettings):
 def unknown_variables() -> list[str]:
     """MANYHATS_* variables of the environment that no setting reads: misspelt ones, most likely."""
     prefix = str(Settings.model_config["env_prefix"])
-    known = {prefix + name.upper() for name in Settings.model_fields}
+    known = {prefix + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES
     return sorted(v for v in os.environ if v.startswith(prefix) and v.upper() not in known)

@@ -8,12 +8,14 @@
     context_length_exceeded │   ├── BodyTooLargeError         413  body_too_large │   ├──
     ContentTypeError          415  unsupported_content_type │   ├── AuthenticationError       401
     invalid_api_key │   ├── PermissionDeniedError     403  permission_denied │   ├──
-    ModelNotFoundError        404  model_not_found │   ├── AdapterRejectedError      400
+    ModelNotFoundError        404  model_not_found │   ├── NotFoundError             404
+    not_found │   ├── AdapterRejectedError      400
     adapter_rejected       `reason` is the machine-readable code │   └── ConflictError 409  conflict
     └── ServiceError                  503  service_unavailable    the server's state; `retryable` is
     true
         ├── QueueFullError            429  queue_full             `retry_after_s` becomes
-        Retry-After ├── DrainingError             503  draining ├── AdapterLoadError          503
+        Retry-After ├── QuotaExceededError 429  quota_exceeded      `param` names the quota
+        ├── DrainingError             503  draining ├── AdapterLoadError          503
         adapter_load_failed    this adapter alone cannot be loaded └── EngineFailedError         500
         engine_failed          the step that held the request failed
 
@@ -98,6 +100,14 @@ class ModelNotFoundError(RequestError):
     type = "not_found_error"
 
 
+class NotFoundError(RequestError):
+    """No tenant, key or other thing of that id."""
+
+    status = 404
+    code = "not_found"
+    type = "not_found_error"
+
+
 class ConflictError(RequestError):
     """The state of the named thing does not allow this now."""
 
@@ -143,6 +153,14 @@ class QueueFullError(ServiceError):
 
     status = 429
     code = "queue_full"
+    type = "rate_limit_error"
+
+
+class QuotaExceededError(ServiceError):
+    """The tenant has used up a quota, which ``param`` names."""
+
+    status = 429
+    code = "quota_exceeded"
     type = "rate_limit_error"
 
 

@@ -26,8 +26,9 @@ from manyhats.engine.model.merge import merge_adapter
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.errors import ConfigError, ModelNotFoundError
+from manyhats.lifecycle.records import split_version
 from manyhats.lifecycle.registry import Registry
-from manyhats.types import DEFAULT_TENANT, Digest
+from manyhats.types import Digest
 
 
 def merge(settings: Settings, adapter: str, out: Path) -> None:
@@ -74,7 +75,10 @@ def _compiled(settings: Settings, base: BaseModel, adapter: str) -> CompiledAdap
         registry = Registry(home / "registry.sqlite", max_versions=settings.max_adapters)
         stack.enter_context(closing(registry))
         store = stack.enter_context(closing(AdapterStore(home / "adapters")))
-        record = registry.resolve(adapter, DEFAULT_TENANT)
+        name, version = split_version(adapter)
+        entry = registry.entry(name)
+        # Whoever can read the registry's file may read whatever is in it, whosever it is.
+        record = None if entry is None else entry.find(version or entry.route.stable)
         if record is None:
             raise ModelNotFoundError(
                 f"{adapter!r} is no folder with {CONFIG_NAME} and no adapter registered for "

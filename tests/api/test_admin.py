@@ -20,11 +20,13 @@ from support.adapter_service import (
     write_adapter,
 )
 
-from manyhats.api import admin
+from manyhats.api import admin, rollouts
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineStats, ResidentAdapter
+from manyhats.tenancy.directory import TenantDirectory
+from manyhats.tenancy.store_sqlite import SqliteTenantStore
 from manyhats.types import DEFAULT_TENANT
 
 
@@ -40,12 +42,14 @@ class Server:
             settings=settings,
             engine=SimpleNamespace(stats=self.stats),
             adapters=adapters.service,
+            tenants=TenantDirectory(SqliteTenantStore(":memory:")),
         )
         self.app.add_middleware(
             BodyLimitMiddleware, json_bytes=4096, upload_bytes=MAX_BYTES + UPLOAD_SLACK
         )
         install_handlers(self.app)
         self.app.include_router(admin.router)
+        self.app.include_router(rollouts.router)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -117,10 +121,21 @@ def test_register_a_folder_show_list_and_delete(server):
     assert listed["object"] == "list"
     assert [(c["name"], c["version"]) for c in listed["data"]] == [("pirate", 1), ("pirate", 2)]
     shown = server.call("GET", "/admin/adapters/pirate@1").json()
-    assert shown == {**card, "source": path, "versions": [1, 2]}
+    versions = shown.pop("versions")
+    assert shown == {
+        **card, "stable": False, "route": {"stable": 2, "previous": 1, "canary": None},
+    }  # fmt: skip
+    assert versions[0] == {
+        "version": 1, "state": "ready", "digest": card["digest"], "created": 1234,
+        "by": "default/admin", "source": path, "revision": "", "metadata": {},
+    }  # fmt: skip
+    assert [v["version"] for v in versions] == [1, 2]
     assert server.call("GET", "/admin/adapters/pirate").json()["version"] == 2
 
-    deleted = server.call("DELETE", "/admin/adapters/pirate")
+    refused = server.call("DELETE", "/admin/adapters/pirate")
+    assert (refused.status_code, error(refused)["code"]) == (409, "conflict")
+    assert "requests for 'pirate' are routed to stable 2" in error(refused)["message"]
+    deleted = server.call("DELETE", "/admin/adapters/pirate?force=true")
     assert deleted.json() == {"name": "pirate", "deleted": True, "versions": [1, 2]}
     for method in ("GET", "DELETE"):
         again = server.call(method, "/admin/adapters/pirate")
@@ -154,7 +169,8 @@ def test_an_upload_is_the_same_version_as_the_folder(server):
     assert uploaded.json() == registered
     shown = server.upload("b").json()
     assert (shown["digest"], shown["version"]) == (registered["digest"], 1)
-    assert server.call("GET", "/admin/adapters/b").json()["source"] == "upload"
+    [version] = server.call("GET", "/admin/adapters/b").json()["versions"]
+    assert version["source"] == "upload"
     assert server.adapters.leftovers() == []
 
 
@@ -439,8 +455,13 @@ def test_a_load_that_fails_is_no_success(server):
 
 def test_every_route_needs_the_admin_role(adapters):
     server = Server(adapters, Settings(api_keys=("user",), admin_api_keys=("admin",)))
-    routes = [(m, r.path.replace("{name}", "a")) for r in admin.router.routes for m in r.methods]
-    assert len(routes) == 7
+    routes = [
+        (method, route.path.replace("{name}", "a"))
+        for router in (admin.router, rollouts.router)
+        for route in router.routes
+        for method in route.methods
+    ]
+    assert len(routes) == 14
     for method, path in routes:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             headers = {} if key is None else {"authorization": f"Bearer {key}"}

@@ -11,17 +11,21 @@ import pytest
 from fastapi import Depends, FastAPI
 
 from manyhats.api import auth
-from manyhats.api.auth import KeyRing, Role, check_exposure, require_admin, require_user
+from manyhats.api.auth import KeyRing, check_exposure, require_admin, require_user
 from manyhats.api.handlers import install_handlers
 from manyhats.config import Settings
 from manyhats.errors import ConfigError
+from manyhats.tenancy.directory import TenantDirectory
+from manyhats.tenancy.model import Role
+from manyhats.tenancy.store_sqlite import SqliteTenantStore
 
 BOTH = {"api_keys": ("user-key", "user-key-2"), "admin_api_keys": ("admin-key", "admin-key-2")}
 
 
 def make_app(**settings) -> FastAPI:
     app = FastAPI()
-    app.state.manyhats = SimpleNamespace(settings=Settings(**settings))
+    tenants = TenantDirectory(SqliteTenantStore(":memory:"))
+    app.state.manyhats = SimpleNamespace(settings=Settings(**settings), tenants=tenants)
     install_handlers(app)
 
     @app.get("/user", dependencies=[Depends(require_user)])

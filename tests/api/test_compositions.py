@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support.adapter_service import open_adapters, write_adapter
 from support.api import Api, assert_error
 
 from manyhats.api import admin
-from manyhats.api.handlers import install_handlers
-from manyhats.config import Settings
 from manyhats.errors import AdapterRejectedError
 from manyhats.types import DEFAULT_TENANT
 
@@ -93,16 +88,8 @@ def client(tmp_path):
         for seed, name in enumerate("ab"):
             folder = write_adapter(adapters.root / name, seed)
             adapters.service.register_folder(name, str(folder), tenant=DEFAULT_TENANT)
-        app = FastAPI()
-        stats = SimpleNamespace(resident=(), waiting_adapters=())
-        app.state.manyhats = SimpleNamespace(
-            settings=Settings(),
-            engine=SimpleNamespace(stats=lambda: stats),
-            adapters=adapters.service,
-        )
-        install_handlers(app)
-        app.include_router(admin.router)
-        yield TestClient(app, client=("127.0.0.1", 1))
+        api = Api(directory=adapters.service, routers=(admin.router,))
+        yield TestClient(api.app, client=("127.0.0.1", 1))
 
 
 def test_a_composition_is_registered_shown_and_deleted(client):
@@ -112,7 +99,7 @@ def test_a_composition_is_registered_shown_and_deleted(client):
     shown = answer.json()
     assert (shown["name"], shown["version"], shown["family"]) == ("mix", 1, "stack")
     assert shown["composition"] == {"stack": ["a@1", "b@1"]}
-    assert client.get("/admin/adapters/mix").json()["source"] == "stack(a@1,b@1)"
+    assert client.get("/admin/adapters/mix").json()["versions"][0]["source"] == "stack(a@1,b@1)"
     listed = client.get("/admin/adapters").json()["data"]
     assert [(c["name"], "composition" in c) for c in listed] == [
         ("a", False), ("b", False), ("mix", True),

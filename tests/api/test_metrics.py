@@ -38,6 +38,8 @@ def full(max_labels: int = 10) -> Metrics:
     observer.adapter_evicted("pirate", "device")
     observer.adapter_load_failed("broken")
     metrics.http("/v1/models", "GET", 200)
+    metrics.used("acme", 10, 3)
+    metrics.refused("acme", "max_tokens")
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
     return metrics

@@ -52,7 +52,7 @@ def test_a_key_is_asked_for_where_one_is_set():
     right = {"authorization": "Bearer user-key"}
     assert api.get("/v1/models", headers=right).status_code == 200
     assert api.complete(headers=right).status_code == 200
-    assert api.get("/metrics").status_code == 200
+    assert api.get("/healthz").status_code == 200
 
 
 def test_the_description_has_the_bodies_in_one_piece():

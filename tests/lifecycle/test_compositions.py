@@ -98,7 +98,7 @@ def test_a_registered_composition_is_a_version_like_any(adapters):
     }
     assert register(adapters, "mix", WEIGHTED, "b", "a", weights=(0.3, 0.7)) == card
     assert register(adapters, "mix", STACK, "a", "b").ref.version == 2
-    assert [r.source for r in service.versions("mix", DEFAULT_TENANT)] == [
+    assert [r.source for r in service.entry("mix", DEFAULT_TENANT).versions] == [
         "weighted(a@1:0.7,b@1:0.3)",
         "stack(a@1,b@1)",
     ]

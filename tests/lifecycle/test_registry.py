@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhats.errors import ConfigError, ConflictError, RequestError, ServiceError
-from manyhats.lifecycle.registry import Registry, check_name
+from manyhats.lifecycle.database import _MIGRATIONS
+from manyhats.lifecycle.records import AdapterRecord, check_name, split_version
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.routes import Route
 from manyhats.types import DEFAULT_TENANT, AdapterRef, Digest, TenantId
 
 OTHER = TenantId("other")
@@ -31,6 +34,15 @@ def add(
     return registry.add(
         name, digest(number), tenant=tenant, family="lora", max_rank=4, nbytes=99, source="/x"
     )
+
+
+def resolve(registry: Registry, model: str, tenant: TenantId) -> AdapterRecord | None:
+    """What a name (its stable version) or name@version stands for."""
+    name, version = split_version(model)
+    entry = registry.entry(name)
+    if entry is None or entry.versions[0].tenant != tenant:
+        return None
+    return entry.find(entry.route.stable if version is None else version)
 
 
 @pytest.fixture
@@ -59,12 +71,12 @@ def test_versions_count_up_and_the_same_content_is_the_same_version(registry):
 def test_resolve(registry):
     add(registry, "a", 1)
     add(registry, "a", 2)
-    record = registry.resolve("a", DEFAULT_TENANT)
+    record = resolve(registry, "a", DEFAULT_TENANT)
     assert record is not None
     assert (record.ref.version, record.family, record.max_rank, record.nbytes) == (2, "lora", 4, 99)
     assert (record.created, record.source, record.tenant) == (1700000000, "/x", DEFAULT_TENANT)
     for version in (1, 2):
-        found = registry.resolve(f"a@{version}", DEFAULT_TENANT)
+        found = resolve(registry, f"a@{version}", DEFAULT_TENANT)
         assert found is not None
         assert found.ref == AdapterRef("a", version, digest(version))
     for model in (
@@ -82,13 +94,13 @@ def test_resolve(registry):
         "@1",
         "a@\u0661",
     ):
-        assert registry.resolve(model, DEFAULT_TENANT) is None, model
+        assert resolve(registry, model, DEFAULT_TENANT) is None, model
 
 
 def test_another_tenants_name_is_neither_seen_nor_taken(registry):
     add(registry, "a", 1, OTHER)
-    assert registry.resolve("a", DEFAULT_TENANT) is None
-    assert registry.resolve("a@1", DEFAULT_TENANT) is None
+    assert resolve(registry, "a", DEFAULT_TENANT) is None
+    assert resolve(registry, "a@1", DEFAULT_TENANT) is None
     assert registry.list(DEFAULT_TENANT) == []
     with pytest.raises(ConflictError, match="taken"):
         add(registry, "a", 1)
@@ -114,11 +126,11 @@ def test_a_deleted_names_versions_never_mean_something_else(path):
     add(registry, "a", 2)
     assert [r.ref.version for r in registry.delete("a")] == [1, 2]
     assert registry.delete("a") == ()
-    assert registry.resolve("a", DEFAULT_TENANT) is None
+    assert resolve(registry, "a", DEFAULT_TENANT) is None
     registry.close()
     again = Registry(path, max_versions=5)
     assert add(again, "a", 9) == AdapterRef("a", 3, digest(9))
-    assert again.resolve("a@1", DEFAULT_TENANT) is None
+    assert resolve(again, "a@1", DEFAULT_TENANT) is None
     again.close()
 
 
@@ -159,10 +171,10 @@ def test_reads_touch_no_disk(registry):
     add(registry, "a", 1)
     calls = []
     registry._db.set_trace_callback(calls.append)
-    assert registry.resolve("a", DEFAULT_TENANT) is not None
-    assert registry.resolve("b", DEFAULT_TENANT) is None
+    assert resolve(registry, "a", DEFAULT_TENANT) is not None
+    assert resolve(registry, "b", DEFAULT_TENANT) is None
     registry.list(DEFAULT_TENANT)
-    registry.versions("a")
+    registry.entry("a")
     assert calls == []
     add(registry, "a", 2)
     assert calls, "the trace sees what there is to see"
@@ -217,17 +229,30 @@ def test_virtual_tokens_are_kept(path):
 
 
 def test_a_registry_of_the_first_format_is_brought_up(path):
-    registry = Registry(path, max_versions=5)
-    add(registry, "a", 1)
-    registry.close()
     with sqlite3.connect(path) as db:
-        db.execute("ALTER TABLE adapters DROP COLUMN composition")
-        db.execute("ALTER TABLE adapters DROP COLUMN virtual_tokens")
+        for statement in _MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute("INSERT INTO names VALUES ('a', 4), ('gone', 1)")
+        row = "INSERT INTO adapters VALUES ('a', ?, ?, 'default', 'lora', 4, 99, 17, '/x')"
+        db.executemany(row, [(3, digest(1)), (4, digest(2))])
         db.execute("PRAGMA user_version = 1")
     db.close()
+    for _ in range(2):
+        again = Registry(path, max_versions=5)
+        assert [r.ref for r in again.list(DEFAULT_TENANT)] == [
+            AdapterRef("a", 3, digest(1), 0),
+            AdapterRef("a", 4, digest(2), 0),
+        ]
+        entry = again.entry("a")
+        assert entry is not None
+        assert entry.route == Route(4), "a name has meant its newest version so far"
+        assert {(r.state, r.actor, r.revision) for r in entry.versions} == {("ready", "", "")}
+        key = again.draw_key
+        again.close()
     again = Registry(path, max_versions=5)
-    assert [r.ref for r in again.list(DEFAULT_TENANT)] == [AdapterRef("a", 1, digest(1), 0)]
-    assert add(again, "a", 2) == AdapterRef("a", 2, digest(2))
+    assert add(again, "a", 3) == AdapterRef("a", 5, digest(3))
+    assert len(key) == 32
+    assert again.draw_key == key
     again.close()
 
 
@@ -237,7 +262,7 @@ def test_a_newer_format_is_refused(path):
         db.execute("PRAGMA user_version = 99")
     db.close()
     for _ in range(2):
-        with pytest.raises(ConfigError, match="has format 99, this server knows 3"):
+        with pytest.raises(ConfigError, match="has format 99, this server knows 4"):
             Registry(path, max_versions=5)
 
 
@@ -249,7 +274,7 @@ def test_threads_get_versions_of_their_own(path):
         barrier.wait()
         for i in range(10):
             refs.append(add(registry, "a", 1000 * seed + i))
-            assert registry.resolve("a", DEFAULT_TENANT) is not None
+            assert resolve(registry, "a", DEFAULT_TENANT) is not None
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
@@ -265,6 +290,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.routes import Route
 from manyhats.types import DEFAULT_TENANT, Digest
 
 registry = Registry(Path(sys.argv[1]), max_versions=10**6)

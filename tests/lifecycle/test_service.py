@@ -28,7 +28,7 @@ from manyhats.errors import (
     RequestError,
     ServiceError,
 )
-from manyhats.lifecycle.service import load_adapter
+from manyhats.lifecycle.loading import load_adapter
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 
 WEIGHTS = "adapter_model.safetensors"
@@ -75,7 +75,7 @@ def test_versions(adapters):
     assert [str(c.ref) for c in adapters.service.list(DEFAULT_TENANT)] == ["a@1", "a@2"]
     assert adapters.service.resolve("a", DEFAULT_TENANT) == second.ref
     assert adapters.service.get("a@1", DEFAULT_TENANT) == first
-    sources = [r.source for r in adapters.service.versions("a", DEFAULT_TENANT)]
+    sources = [r.source for r in adapters.service.entry("a", DEFAULT_TENANT).versions]
     assert sources == [str(adapters.root / "a-1"), str(adapters.root / "a-2")]
 
 
@@ -184,7 +184,9 @@ def test_delete_drops_what_nobody_else_uses(adapters):
     own = register(adapters, "a", 2)
     other = register(adapters, "b", 1)
     assert other.ref.digest == shared.ref.digest
-    assert adapters.service.delete("a", DEFAULT_TENANT) == (shared.ref, own.ref)
+    with pytest.raises(ConflictError, match="'a' with its 2 versions is not deleted without force"):
+        adapters.service.delete("a", DEFAULT_TENANT)
+    assert adapters.service.delete("a", DEFAULT_TENANT, force=True) == (shared.ref, own.ref)
     assert adapters.residency.dropped == [own.ref]
     assert adapters.store.list() == [shared.ref.digest]
     assert adapters.service.delete("b", DEFAULT_TENANT) == (other.ref,)
@@ -209,8 +211,8 @@ def test_content_that_comes_back_after_its_deletion_is_told_to_the_device(adapte
 
 def test_delete_takes_whole_names_of_ones_own(adapters):
     register(adapters, "a")
-    with pytest.raises(RequestError, match="not one version"):
-        adapters.service.delete("a@1", DEFAULT_TENANT)
+    with pytest.raises(ModelNotFoundError):
+        adapters.service.delete("a@2", DEFAULT_TENANT)
     for name, tenant in (("b", DEFAULT_TENANT), ("a", TenantId("other")), ("../a", DEFAULT_TENANT)):
         with pytest.raises(ModelNotFoundError):
             adapters.service.delete(name, tenant)
@@ -317,7 +319,7 @@ def test_many_at_once(adapters):
             name = f"n{(worker + i) % 3}"
             if (worker + i) % 4 == 3:
                 try:
-                    adapters.service.delete(name, DEFAULT_TENANT)
+                    adapters.service.delete(name, DEFAULT_TENANT, force=True)
                 except ModelNotFoundError:
                     continue
             else:
@@ -333,5 +335,5 @@ def test_many_at_once(adapters):
     for card in cards:
         adapters.store.verify(card.ref.digest)
     for name in {c.ref.name for c in cards}:
-        adapters.service.delete(name, DEFAULT_TENANT)
+        adapters.service.delete(name, DEFAULT_TENANT, force=True)
     assert_untouched(adapters)

@@ -21,6 +21,7 @@ from manyhats.adapters.files import (
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
 from manyhats.adapters.store import AdapterStore
+from manyhats.lifecycle.access import Access
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.service import AdapterService
 from manyhats.types import AdapterRef, Digest
@@ -107,12 +108,16 @@ class Adapters:
 
 
 @contextmanager
-def open_adapters(home: Path, *, max_versions: int = 100) -> Iterator[Adapters]:
+def open_adapters(
+    home: Path, *, max_versions: int = 100, access: Access | None = None
+) -> Iterator[Adapters]:
     """The service over ``home``; closed at the end, so that it can be opened again."""
     root = home / "allowed"
     root.mkdir(parents=True, exist_ok=True)
     store = AdapterStore(home / "store")
-    registry = Registry(home / "registry.sqlite", max_versions=max_versions, clock=lambda: 1234.5)
+    registry = Registry(
+        home / "registry.sqlite", max_versions=max_versions, clock=lambda: 1234.5, access=access
+    )
     residency = RecordingResidency()
     try:
         service = AdapterService(

@@ -19,6 +19,8 @@ from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.metrics import Metrics
+from manyhats.tenancy.directory import TenantDirectory
+from manyhats.tenancy.store_sqlite import SqliteTenantStore
 
 
 def settings_of(**changes: Any) -> Settings:
@@ -37,10 +39,20 @@ class Api:
     grammar: FakeGrammar = field(default_factory=FakeGrammar)
     metrics: Metrics = field(default_factory=lambda: Metrics(10, clock=lambda: 1234.5))
     routers: Sequence[APIRouter] = ()
+    tenants: TenantDirectory = field(
+        default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
+    )
 
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
-            ApiState(self.settings, self.engine, self.directory, self.metrics, self.grammar),
+            ApiState(
+                self.settings,
+                self.engine,
+                self.directory,
+                self.metrics,
+                self.grammar,
+                self.tenants,
+            ),
             self.routers,
         )
 

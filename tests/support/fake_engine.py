@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from manyhats.engine.interface import ChatTemplateError, EngineStats, ModelInfo, ResidentAdapter
 from manyhats.errors import ManyhatsError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.directory import AdapterCard
+from manyhats.lifecycle.routes import RouteHint
 from manyhats.types import (
     AdapterRef,
     Digest,
@@ -209,15 +210,21 @@ class FakeDirectory:
 
     def __init__(self) -> None:
         self.cards = [
-            AdapterCard(AdapterRef(name, version, Digest(digest * 32)), "lora", 8, 4096, created)
-            for name, version, digest, created in (
-                ("pirate", 1, "01", 1_700_000_001),
-                ("pirate", 2, "cd", 1_700_000_002),
-                ("haiku", 1, "ef", 1_700_000_003),
+            AdapterCard(
+                AdapterRef(name, version, Digest(digest * 32)), "lora", 8, 4096, created, stable
+            )
+            for name, version, digest, created, stable in (
+                ("pirate", 1, "01", 1_700_000_001, False),
+                ("pirate", 2, "cd", 1_700_000_002, True),
+                ("haiku", 1, "ef", 1_700_000_003, True),
             )
         ]
+        self.hints: list[RouteHint | None] = []
 
-    def resolve(self, model: str, tenant: TenantId) -> AdapterRef | None:
+    def resolve(
+        self, model: str, tenant: TenantId, hint: RouteHint | None = None
+    ) -> AdapterRef | None:
+        self.hints.append(hint)
         if model == BASE:
             return None
         for card in reversed(self.cards):

@@ -1,7 +1,6 @@
 """Administration: register, list, show and delete adapters, in our own routes and in vLLM's.
 
-Every route needs the admin role. What blocks on the disk runs on worker threads, a few at a time,
-so that a crowd of uploads leaves threads to everybody else.
+Every route needs the operator's role and acts for one tenant (``api.auth.TENANT_HEADER``).
 """
 
 from __future__ import annotations
@@ -9,41 +8,29 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any
 
 import anyio
-import anyio.to_thread
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import PlainTextResponse
 
 from manyhats.adapters.store import Staging
-from manyhats.api.auth import require_admin
+from manyhats.api.administration import Operator, adapters, blocking, cause
+from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body
-from manyhats.api.fields import CompositionField
-from manyhats.api.schemas import StrictModel
+from manyhats.api.registration import RegisterRequest, described
+from manyhats.api.schemas import StrictModel, request_body
 from manyhats.api.state import api_state
 from manyhats.api.upload import UploadReader, boundary_of
 from manyhats.engine.interface import ResidentAdapter
 from manyhats.errors import ContentTypeError, ModelNotFoundError, RequestError
+from manyhats.lifecycle.audit import MAX_REASON
 from manyhats.lifecycle.compositions import shown
 from manyhats.lifecycle.directory import AdapterCard
+from manyhats.lifecycle.records import AdapterRecord, Registration
 from manyhats.lifecycle.service import AdapterService
-from manyhats.types import DEFAULT_TENANT
 
-router = APIRouter(tags=["admin"], dependencies=[Depends(require_admin)])
-
-_T = TypeVar("_T")
-_BLOCKING: Final = anyio.CapacityLimiter(8)
-
-
-class RegisterRequest(StrictModel):
-    """Body of ``POST /admin/adapters`` as JSON. ``path``: a folder within an allowed root; or
-    ``composition``: registered adapters worn as one.
-    """
-
-    name: str
-    path: str | None = None
-    composition: CompositionField = None
+router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
 
 
 class LoadLoraRequest(StrictModel):
@@ -67,20 +54,24 @@ class UnloadLoraRequest(StrictModel):
     lora_int_id: int | None = None
 
 
-@router.post("/admin/adapters", status_code=201)
-async def register(request: Request) -> dict[str, Any]:
+@router.post("/admin/adapters", status_code=201, openapi_extra=request_body(RegisterRequest))
+async def register(request: Request, caller: Operator) -> dict[str, Any]:
     """Register an adapter; the answer describes the version.
 
-    As JSON ``{"name", "path"}`` or ``{"name", "composition"}``, or as multipart/form-data with the
-    parts ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors).
-    The same content again is the version that is there already.
+    As JSON (``name``, ``path`` or ``composition``), or as multipart/form-data with the parts
+    ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors); either
+    with ``promote``, ``reason``, ``source``, ``revision`` and ``metadata``. The same
+    content again is the version that is there already, and changes no route. A new version becomes
+    the stable one at once unless somebody has moved the route away from the newest version;
+    ``promote`` decides it either way.
     """
-    service = _service(request)
+    service = adapters(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        card = await _receive(request, service)
+        card = await _receive(request, caller, service)
     elif kind == "application/json":
-        card = await _blocking(_registration(service, await read_body(request, RegisterRequest)))
+        body = await read_body(request, RegisterRequest)
+        card = await blocking(_registration(caller, service, body))
     else:
         raise ContentTypeError(
             f"content type must be application/json or multipart/form-data, not {kind[:100]!r}",
@@ -90,30 +81,44 @@ async def register(request: Request) -> dict[str, Any]:
 
 
 @router.get("/admin/adapters")
-async def list_adapters(request: Request) -> dict[str, Any]:
-    """Every registered version, by name, oldest first, and whether it is on the device."""
-    cards = _service(request).list(DEFAULT_TENANT)
+async def list_adapters(request: Request, caller: Operator) -> dict[str, Any]:
+    """Every version in use, by name, oldest first, and whether it is on the device."""
+    cards = adapters(request).list(caller.tenant)
     return {"object": "list", "data": [*map(_describe(request), cards)]}
 
 
 @router.get("/admin/adapters/{name}")
-async def show(request: Request, name: str) -> dict[str, Any]:
-    """One version, by ``name`` (its newest) or ``name@version``, and the name's other versions."""
-    service = _service(request)
-    card = service.get(name, DEFAULT_TENANT)
-    records = service.versions(card.ref.name, DEFAULT_TENANT)
-    [source] = [r.source for r in records if r.ref == card.ref]
+async def show(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """One version, by ``name`` (its stable one) or ``name@version``; the name's route, and all its
+    versions, oldest first, with their states.
+    """
+    service = adapters(request)
+    card = service.get(name, caller.tenant)
+    entry = service.visible(card.ref.name, caller.tenant)
     return {
         **_describe(request)(card),
-        "source": source,
-        "versions": [r.ref.version for r in records],
+        "route": entry.route.shown(),
+        "versions": [_version(record) for record in entry.versions],
     }
 
 
 @router.delete("/admin/adapters/{name}")
-async def delete(request: Request, name: str) -> dict[str, Any]:
-    """Delete every version of ``name``. Requests that run keep theirs until they end."""
-    refs = await _blocking(partial(_service(request).delete, name, DEFAULT_TENANT))
+async def delete(
+    request: Request,
+    caller: Operator,
+    name: str,
+    force: Annotated[bool, Query()] = False,
+    reason: Annotated[str, Query(max_length=MAX_REASON)] = "",
+) -> dict[str, Any]:
+    """Delete every version of ``name``, or ``name@version`` alone. Running requests keep theirs.
+
+    409 for a name with several versions, unless ``force``, and for a version that requests are
+    routed to (``force`` ends a canary; the stable version goes with the whole name only).
+    """
+    call = partial(
+        adapters(request).delete, name, caller.tenant, force=force, cause=cause(caller, reason)
+    )
+    refs = await blocking(call)
     return {"name": name, "deleted": True, "versions": [ref.version for ref in refs]}
 
 
@@ -136,57 +141,90 @@ async def cache(request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/load_lora_adapter")
-async def load_lora_adapter(request: Request) -> PlainTextResponse:
+@router.post("/v1/load_lora_adapter", openapi_extra=request_body(LoadLoraRequest))
+async def load_lora_adapter(request: Request, caller: Operator) -> PlainTextResponse:
     """vLLM's route: register a folder and start to bring it to the host tier.
 
     Idempotent: the same content under the same name again is a success as well.
     """
     body = await read_body(request, LoadLoraRequest)
-    service = _service(request)
-    card = await _blocking(
-        partial(service.register_folder, body.lora_name, body.lora_path, tenant=DEFAULT_TENANT)
+    service = adapters(request)
+    card = await blocking(
+        partial(
+            service.register_folder,
+            body.lora_name,
+            body.lora_path,
+            tenant=caller.tenant,
+            registration=Registration(cause=cause(caller)),
+        )
     )
     service.prefetch(card.ref)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
-async def unload_lora_adapter(request: Request) -> PlainTextResponse:
-    """vLLM's route: delete the name.
+@router.post("/v1/unload_lora_adapter", openapi_extra=request_body(UnloadLoraRequest))
+async def unload_lora_adapter(request: Request, caller: Operator) -> PlainTextResponse:
+    """vLLM's route: delete the name with all its versions.
 
     Idempotent: a name that is not there is a success that says so. vLLM answers 404 to that, which
     controllers that retry until the state is as wanted would take for a failure.
     """
     body = await read_body(request, UnloadLoraRequest)
-    name = body.lora_name
+    service, name = adapters(request), body.lora_name
     try:
-        await _blocking(partial(_service(request).delete, name, DEFAULT_TENANT))
+        await blocking(
+            partial(service.delete, name, caller.tenant, force=True, cause=cause(caller))
+        )
     except ModelNotFoundError:
         return PlainTextResponse("Success: no LoRA adapter of that name was loaded.")
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-def _registration(service: AdapterService, body: RegisterRequest) -> Callable[[], AdapterCard]:
+def _registration(
+    caller: Principal, service: AdapterService, body: RegisterRequest
+) -> Callable[[], AdapterCard]:
     """What a JSON registration comes to. Raises RequestError unless it names one source."""
+    told = body.registration(caller)
+    source, tenant = body.source, caller.tenant
     if body.path is not None and body.composition is None:
-        return partial(service.register_folder, body.name, body.path, tenant=DEFAULT_TENANT)
+        return partial(
+            service.register_folder,
+            body.name,
+            body.path,
+            tenant=tenant,
+            source=source,
+            registration=told,
+        )
     if body.composition is not None and body.path is None:
         return partial(
-            service.register_composition, body.name, body.composition, tenant=DEFAULT_TENANT
+            service.register_composition,
+            body.name,
+            body.composition,
+            tenant=tenant,
+            source=source,
+            registration=told,
         )
     raise RequestError("give either path or composition", param="path")
 
 
-async def _receive(request: Request, service: AdapterService) -> AdapterCard:
+async def _receive(request: Request, caller: Principal, service: AdapterService) -> AdapterCard:
     """Write an upload to its staging folder as it comes, then register it."""
     async with _staging(service) as staging:
         reader = UploadReader(boundary_of(request), staging)
         async for chunk in request.stream():
-            await _blocking(partial(reader.feed, chunk))
-        name = reader.finish()
-        return await _blocking(
-            partial(service.register_staged, name, staging, tenant=DEFAULT_TENANT, source="upload")
+            await blocking(partial(reader.feed, chunk))
+        texts = reader.finish()
+        name = texts.pop("name")
+        body = described(texts)
+        return await blocking(
+            partial(
+                service.register_staged,
+                name,
+                staging,
+                tenant=caller.tenant,
+                source=body.source or "upload",
+                registration=body.registration(caller),
+            )
         )
 
 
@@ -194,22 +232,13 @@ async def _receive(request: Request, service: AdapterService) -> AdapterCard:
 async def _staging(service: AdapterService) -> AsyncIterator[Staging]:
     """The service's staging, entered and left on a worker thread, whatever happens within."""
     context = service.stage()
-    staging = await _blocking(context.__enter__)
+    staging = await blocking(context.__enter__)
     try:
         yield staging
     finally:
         # Shielded: a cancelled request must not leave its half of an upload on the disk.
         with anyio.CancelScope(shield=True):
-            await _blocking(partial(context.__exit__, None, None, None))
-
-
-async def _blocking(call: Callable[[], _T]) -> _T:
-    return await anyio.to_thread.run_sync(call, limiter=_BLOCKING)
-
-
-def _service(request: Request) -> AdapterService:
-    service: AdapterService = request.app.state.manyhats.adapters
-    return service
+            await blocking(partial(context.__exit__, None, None, None))
 
 
 def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
@@ -228,6 +257,7 @@ def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
             "max_rank": card.max_rank,
             "nbytes": card.nbytes,
             "created": card.created,
+            "stable": card.stable,
             **({} if whole is None else {"composition": shown(whole)}),
             "resident": None if resident is None else _place(resident),
             "waiting": str(card.ref) in stats.waiting_adapters,
@@ -238,3 +268,16 @@ def _describe(request: Request) -> Callable[[AdapterCard], dict[str, Any]]:
 
 def _place(resident: ResidentAdapter) -> dict[str, Any]:
     return {"slot": resident.slot, "leases": resident.leases, "pinned": resident.pinned}
+
+
+def _version(record: AdapterRecord) -> dict[str, Any]:
+    return {
+        "version": record.ref.version,
+        "state": record.state.value,
+        "digest": record.ref.digest,
+        "created": record.created,
+        "by": record.actor,
+        "source": record.source,
+        "revision": record.revision,
+        "metadata": dict(record.metadata),
+    }

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import anyio.to_thread
 
 from manyhats.api.logprobs import CompletionLogprobs, TokenLabels, chat_logprobs, extend
-from manyhats.api.outputs import outputs
 from manyhats.api.prompts import Job
-from manyhats.engine.interface import EngineClient
 from manyhats.types import OutputDelta
 
 _INLINE_LOGPROBS = 256
+
+Outputs = AsyncGenerator[tuple[int, OutputDelta]]
+"""(choice index, delta) until every choice has ended, as ``api.metering.metered`` gives them."""
 
 
 class Writer(Protocol):
@@ -190,12 +191,12 @@ def writers(job: Job, labels: TokenLabels, *, chat: bool) -> list[Writer]:
 
 
 async def whole_answer(
-    engine: EngineClient, job: Job, labels: TokenLabels, *, chat: bool
+    deltas: Outputs, job: Job, labels: TokenLabels, *, chat: bool
 ) -> dict[str, Any]:
-    """The answer of a request that does not stream. Raises the engine's errors."""
+    """The answer of a request that does not stream. Raises what ``deltas`` raises."""
     per_choice = writers(job, labels, chat=chat)
     usage = Usage(job)
-    async with aclosing(outputs(engine, job)) as events:
+    async with aclosing(deltas) as events:
         async for index, delta in events:
             usage.add(index, delta)
             await per_choice[index].pieces(delta)
@@ -207,16 +208,16 @@ async def whole_answer(
 
 
 async def chunks(
-    engine: EngineClient, job: Job, labels: TokenLabels, *, chat: bool
+    deltas: Outputs, job: Job, labels: TokenLabels, *, chat: bool
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The chunks of a streamed answer, the usage chunk last where it was asked for. Raises the
-    engine's errors.
+    """The chunks of a streamed answer, the usage chunk last where it was asked for. Raises what
+    ``deltas`` raises.
     """
     per_choice = writers(job, labels, chat=chat)
     usage = Usage(job)
     head = _head(job, "chat.completion.chunk" if chat else "text_completion")
     tail: dict[str, Any] = {"usage": None} if job.include_usage else {}
-    async with aclosing(outputs(engine, job)) as events:
+    async with aclosing(deltas) as events:
         async for index, delta in events:
             usage.add(index, delta)
             for piece in await per_choice[index].pieces(delta):

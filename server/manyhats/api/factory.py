@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware import Middleware
 
 import manyhats
 from manyhats.api import openai, ops
-from manyhats.api.auth import KeyRing
+from manyhats.api.auth import KeyRing, authorize
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.api.logprobs import TokenLabels
@@ -26,11 +26,12 @@ def create_api(
     """The application over ``state``: OpenAI's routes and operations, then ``routers`` (admin's,
     say); ``lifespan`` surrounds its running.
 
-    Also makes ``state.metrics`` name the kernels, and read the engine's snapshot at every scrape.
-    The documentation pages know no keys, so they are there only while no key is configured.
+    Every route goes through ``authorize``, whoever wrote it. Also makes ``state.metrics`` name
+    the kernels, and read the engine's snapshot at every scrape. The documentation pages know no
+    keys, so they are there only while no key is configured, or with ``docs_open``.
     """
     settings = state.settings
-    open_door = KeyRing.of(settings).is_open
+    open_docs = settings.docs_open or (KeyRing.of(settings).is_open and not state.tenants.has_keys)
     limits = Middleware(
         BodyLimitMiddleware,
         json_bytes=settings.max_body_kb << 10,
@@ -40,7 +41,8 @@ def create_api(
         title="Manyhats",
         version=manyhats.__version__,
         lifespan=lifespan,
-        openapi_url="/openapi.json" if open_door else None,
+        openapi_url="/openapi.json" if open_docs else None,
+        dependencies=[Depends(authorize)],
         middleware=[Middleware(RequestContextMiddleware, count=state.metrics.http), limits],
     )
     app.state.manyhats = state

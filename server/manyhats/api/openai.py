@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated, Any
 
 import orjson
@@ -11,8 +12,10 @@ from manyhats.api.answers import chunks, whole_answer
 from manyhats.api.auth import Principal, require_user
 from manyhats.api.body import read_body
 from manyhats.api.logprobs import TokenLabels
+from manyhats.api.metering import metered
 from manyhats.api.middleware import CLIENT_GONE
 from manyhats.api.prompts import Job, plan_chat, plan_completion
+from manyhats.api.routing import route_hint
 from manyhats.api.schemas import ChatRequest, CompletionRequest, request_body
 from manyhats.api.state import ApiState, api_state
 from manyhats.api.stream import ClientGoneError, EventStream, while_connected
@@ -37,14 +40,14 @@ Caller = Annotated[Principal, Depends(_principal)]
 async def list_models(request: Request, caller: Caller) -> Response:
     """The base model, then every adapter that can be named in ``model``."""
     state = api_state(request)
-    cards = sorted(state.adapters.list(caller.tenant), key=lambda c: (c.ref.name, -c.ref.version))
     data = [_base_card(state)]
-    newest = None
-    for card in cards:
-        data.append(
-            _adapter_card(state, card, str(card.ref) if card.ref.name == newest else card.ref.name)
-        )
-        newest = card.ref.name
+    cards = sorted(state.adapters.list(caller.tenant), key=lambda c: c.ref.name)
+    for name, versions in groupby(cards, key=lambda c: c.ref.name):
+        # What the name itself means comes first, then the other versions, the newest first.
+        ordered = sorted(versions, key=lambda c: (not c.stable, -c.ref.version))
+        if not ordered[0].stable:
+            data.append(_base_card(state, name))
+        data += [_adapter_card(state, c, name if c.stable else str(c.ref)) for c in ordered]
     return _json({"object": "list", "data": data})
 
 
@@ -54,7 +57,7 @@ async def retrieve_model(request: Request, caller: Caller, model_id: str) -> Res
     state = api_state(request)
     ref = state.adapters.resolve(model_id, caller.tenant)
     if ref is None:
-        return _json(_base_card(state))
+        return _json(_base_card(state, model_id))
     for card in state.adapters.list(caller.tenant):
         if card.ref == ref:
             return _json(_adapter_card(state, card, model_id))
@@ -65,7 +68,8 @@ async def retrieve_model(request: Request, caller: Caller, model_id: str) -> Res
 async def create_completion(request: Request, caller: Caller) -> Response:
     """Continues each prompt; streams where ``stream`` is true."""
     body = await read_body(request, CompletionRequest)
-    job = await plan_completion(api_state(request), body, caller.tenant)
+    hint = route_hint(request, caller, body)
+    job = await plan_completion(api_state(request), body, caller.tenant, hint)
     return await _answer(request, job, stream=bool(body.stream), chat=False)
 
 
@@ -73,32 +77,35 @@ async def create_completion(request: Request, caller: Caller) -> Response:
 async def create_chat_completion(request: Request, caller: Caller) -> Response:
     """Answers a conversation; streams where ``stream`` is true."""
     body = await read_body(request, ChatRequest)
-    job = await plan_chat(api_state(request), body, caller.tenant)
+    hint = route_hint(request, caller, body)
+    job = await plan_chat(api_state(request), body, caller.tenant, hint)
     return await _answer(request, job, stream=bool(body.stream), chat=True)
 
 
 async def _answer(request: Request, job: Job, *, stream: bool, chat: bool) -> Response:
-    engine = api_state(request).engine
+    deltas = metered(api_state(request), job)
     labels: TokenLabels = request.app.state.manyhats_labels
     headers = {SERVED_BY: job.served_by}
     if stream:
-        return EventStream(chunks(engine, job, labels, chat=chat), headers)
+        return EventStream(chunks(deltas, job, labels, chat=chat), headers)
     try:
-        work = whole_answer(engine, job, labels, chat=chat)
+        work = whole_answer(deltas, job, labels, chat=chat)
         return _json(await while_connected(request.receive, work), headers)
     except ClientGoneError:
         return Response(status_code=CLIENT_GONE)
 
 
-def _base_card(state: ApiState) -> dict[str, Any]:
+def _base_card(state: ApiState, name: str | None = None) -> dict[str, Any]:
+    """The base's card; ``name``: an adapter's, which the base answers for now."""
     model = state.engine.model
+    name = name or model.id
     return {
-        "id": model.id,
+        "id": name,
         "object": "model",
         "created": model.created,
         "owned_by": "manyhats",
         "root": model.id,
-        "parent": None,
+        "parent": None if name == model.id else model.id,
         "max_model_len": model.context_len,
     }
 

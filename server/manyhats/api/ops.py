@@ -1,4 +1,4 @@
-"""Operations: liveness, readiness, metrics, version. No key is asked for."""
+"""Operations: liveness, readiness, metrics, version. Health alone asks for no key."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from manyhats.api.state import ApiState
 from manyhats.engine.interface import ChatTemplateError, Tokenizer
 from manyhats.errors import ContextLengthError, RequestError
 from manyhats.lifecycle.compositions import resolve_composition
+from manyhats.lifecycle.routes import RouteHint
 from manyhats.types import AdapterRef, GenerationRequest, SamplingParams, TenantId
 
 INLINE_CHARS = 4096
@@ -51,15 +52,32 @@ class Job:
     scoring: bool = False
 
     @property
+    def tenant(self) -> TenantId:
+        """Who pays."""
+        return self.requests[0].tenant
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each once however many choices it has."""
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+    @property
+    def most_output_tokens(self) -> int:
+        """Tokens that all choices may come to together."""
+        return sum(p.max_tokens for request in self.requests for p in request.params)
+
+    @property
     def served_by(self) -> str:
         """``name@version``, a composition's members, or ``baseline`` for the bare base."""
         return BASELINE if self.adapter is None else str(self.adapter)
 
 
-async def plan_completion(state: ApiState, body: CompletionRequest, tenant: TenantId) -> Job:
+async def plan_completion(
+    state: ApiState, body: CompletionRequest, tenant: TenantId, hint: RouteHint | None = None
+) -> Job:
     """The job of a completions request. Raises RequestError and its kin, naming field and bound."""
     bounds = sampling.Bounds(state.settings, state.engine.model)
-    adapter = _worn(state, body, tenant)
+    adapter = _worn(state, body, tenant, hint)
     sampling.check(body, bounds)
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens is 0: at least 1, unless echo is true", param="max_tokens")
@@ -79,7 +97,7 @@ async def plan_completion(state: ApiState, body: CompletionRequest, tenant: Tena
         room = fit(
             len(tokens),
             wanted,
-            COMPLETION_MAX_TOKENS,
+            _default(state, tenant, wanted, COMPLETION_MAX_TOKENS, "max_tokens"),
             _context(bounds, adapter),
             "prompt",
             "max_tokens",
@@ -90,17 +108,19 @@ async def plan_completion(state: ApiState, body: CompletionRequest, tenant: Tena
     return _job(state, "cmpl", body, tenant, adapter, encoded, params, echo=echo, scoring=scoring)
 
 
-async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job:
+async def plan_chat(
+    state: ApiState, body: ChatRequest, tenant: TenantId, hint: RouteHint | None = None
+) -> Job:
     """The job of a chat request. Raises RequestError and its kin, naming field and bound."""
     bounds = sampling.Bounds(state.settings, state.engine.model)
-    adapter = _worn(state, body, tenant)
+    adapter = _worn(state, body, tenant, hint)
     sampling.check(body, bounds)
     field, wanted = _chat_max_tokens(body)
     tokens = await _encode_chat(state.engine.tokenizer, body)
     room = fit(
         len(tokens),
         wanted,
-        state.settings.default_max_tokens,
+        _default(state, tenant, wanted, state.settings.default_max_tokens, field),
         _context(bounds, adapter),
         "messages",
         field,
@@ -112,9 +132,11 @@ async def plan_chat(state: ApiState, body: ChatRequest, tenant: TenantId) -> Job
     return _job(state, "chatcmpl", body, tenant, adapter, [tokens], [chosen])
 
 
-def _worn(state: ApiState, body: SamplingFields, tenant: TenantId) -> AdapterRef | None:
+def _worn(
+    state: ApiState, body: SamplingFields, tenant: TenantId, hint: RouteHint | None
+) -> AdapterRef | None:
     """The version or the composition that the request is to wear; None for the bare base."""
-    adapter = state.adapters.resolve(body.model, tenant)
+    adapter = state.adapters.resolve(body.model, tenant, hint)
     if body.adapter is None:
         return adapter
     if adapter is not None:
@@ -122,13 +144,25 @@ def _worn(state: ApiState, body: SamplingFields, tenant: TenantId) -> AdapterRef
             f"adapter is given, so model must be the base's id, {state.engine.model.id!r}",
             param="model",
         )
-    resolve = partial(state.adapters.resolve, tenant=tenant)
+    resolve = partial(state.adapters.resolve, tenant=tenant, hint=hint)
     return resolve_composition(body.adapter, resolve, "adapter")
 
 
 def _context(bounds: sampling.Bounds, adapter: AdapterRef | None) -> int:
     """Tokens of the context that are left for prompt and answer by the adapter's virtual ones."""
     return bounds.model.context_len - (adapter.virtual_tokens if adapter is not None else 0)
+
+
+def _default(state: ApiState, tenant: TenantId, wanted: int | None, usual: int, field: str) -> int:
+    """``max_tokens`` where none is given. Raises RequestError where it is over the quota."""
+    quota = state.tenants.quotas(tenant).max_tokens
+    if quota is None:
+        return usual
+    if wanted is not None and wanted > quota:
+        raise RequestError(
+            f"{field} is {wanted}: this tenant's quota of max_tokens is {quota}", param=field
+        )
+    return min(usual, quota)
 
 
 def fit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastapi import Request
@@ -11,6 +11,9 @@ from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.metrics import Metrics
+from manyhats.tenancy.directory import TenantDirectory
+from manyhats.tenancy.limiter import Limiter, MemoryLimiter
+from manyhats.tenancy.usage import UsageLedger
 from manyhats.types import GrammarSpec
 
 
@@ -34,6 +37,9 @@ class ApiState:
     adapters: AdapterDirectory
     metrics: Metrics
     grammar: GrammarValidator
+    tenants: TenantDirectory
+    limiter: Limiter = field(default_factory=MemoryLimiter)
+    usage: UsageLedger = field(default_factory=UsageLedger)
 
 
 def api_state(request: Request) -> ApiState:

@@ -13,14 +13,14 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from manyhats.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.store import Staging
+from manyhats.api.registration import TEXT_FIELDS
 from manyhats.errors import RequestError
 
 FILE_FIELDS: Final = {"config": CONFIG_NAME, "weights": WEIGHTS_NAME}
 """The parts that are files, and what they are stored as."""
 
-_NAME_FIELD: Final = "name"
-_FIELDS: Final = (_NAME_FIELD, *FILE_FIELDS)
-_MAX_NAME_BYTES: Final = 1024
+_REQUIRED: Final = ("name", *FILE_FIELDS)
+_FIELDS: Final = (*TEXT_FIELDS, *FILE_FIELDS)
 _MAX_HEADER_BYTES: Final = 8192
 
 
@@ -31,7 +31,7 @@ class UploadReader:
         self._staging = staging
         self._field = ""
         self._seen: set[str] = set()
-        self._name = bytearray()
+        self._texts: dict[str, bytearray] = {}
         self._header_name = bytearray()
         self._header_value = bytearray()
         self._disposition = b""
@@ -61,17 +61,23 @@ class UploadReader:
         except FormParserError as exc:
             raise RequestError(f"the body is not valid multipart/form-data: {exc}") from exc
 
-    def finish(self) -> str:
-        """The ``name`` field, once everything was fed. Raises RequestError for what is missing."""
+    def finish(self) -> dict[str, str]:
+        """The text fields, once everything was fed; ``name`` is among them.
+
+        Raises RequestError for what is missing, or no UTF-8.
+        """
         if not self._ended:
             raise RequestError("the multipart body ends before its closing boundary")
-        for field in _FIELDS:
+        for field in _REQUIRED:
             if field not in self._seen:
                 raise RequestError(f"field {field!r} is missing", param=field)
-        try:
-            return self._name.decode()
-        except UnicodeDecodeError:
-            raise RequestError("name is not valid UTF-8", param="name") from None
+        texts = {}
+        for field, content in self._texts.items():
+            try:
+                texts[field] = content.decode()
+            except UnicodeDecodeError:
+                raise RequestError(f"{field} is not valid UTF-8", param=field) from None
+        return texts
 
     def _part_begin(self) -> None:
         self._disposition = b""
@@ -107,15 +113,20 @@ class UploadReader:
         if field in self._seen:
             raise RequestError(f"field {field!r} comes twice", param=field)
         self._seen.add(field)
+        if field in TEXT_FIELDS:
+            self._texts[field] = bytearray()
         self._field = field
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._field in FILE_FIELDS:
             self._staging.write(FILE_FIELDS[self._field], data[start:end])
             return
-        self._name += data[start:end]
-        if len(self._name) > _MAX_NAME_BYTES:
-            raise RequestError(f"name is over the bound of {_MAX_NAME_BYTES} bytes", param="name")
+        text, bound = self._texts[self._field], TEXT_FIELDS[self._field]
+        text += data[start:end]
+        if len(text) > bound:
+            raise RequestError(
+                f"{self._field} is over the bound of {bound} bytes", param=self._field
+            )
 
     def _end(self) -> None:
         self._ended = True

@@ -32,6 +32,7 @@ from manyhats.engine.runner import ModelRunner, forward
 from manyhats.engine.sampling import Sampler
 from manyhats.engine.step import StepState
 from manyhats.scheduler.blocks import BlockManager
+from manyhats.scheduler.fair import FairShares, Prices, SharesOf, all_alike
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import Digest
 from manyhats_kernels import Capturable, Resolved
@@ -59,12 +60,13 @@ def build_engine(
     load_adapter: Callable[[Digest], CompiledAdapter],
     observer: EngineObserver,
     deliver: Deliver | None = None,
+    shares: SharesOf = all_alike,
 ) -> Engine:
     """Allocates caches and pools and wires the loop (not started yet).
 
     ``load_adapter`` reads a compiled adapter from the disk tier, in the base's dtype. ``deliver``
-    replaces the client's own delivery (for callers without an event loop). Raises ConfigError on
-    sizes that cannot work.
+    replaces the client's own delivery (for callers without an event loop). ``shares`` gives a
+    tenant's part. Raises ConfigError on sizes that cannot work.
     """
     check_rank(kernels, settings.max_rank)
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
@@ -85,7 +87,7 @@ def build_engine(
             observer=observer,
         )
     install_projections(modules, base.shared, base.dtype, kernels.backend, state)
-    scheduler = _scheduler(settings, base, blocks, residency or NoAdapters())
+    scheduler = _scheduler(settings, base, blocks, residency or NoAdapters(), shares)
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
     loop = EngineLoop(
         scheduler=scheduler,
@@ -116,6 +118,7 @@ def _scheduler(
     base: BaseModel,
     blocks: BlockManager,
     residency: AdapterResidency | NoAdapters,
+    shares: SharesOf,
 ) -> Scheduler:
     return Scheduler(
         blocks,
@@ -124,6 +127,7 @@ def _scheduler(
         max_step_tokens=settings.max_step_tokens,
         max_queue=settings.max_queue,
         max_context=base.context_len,
+        fair=FairShares(shares, Prices(settings.input_price, settings.output_price)),
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from manyhats.lifecycle.routes import RouteHint
 from manyhats.types import AdapterRef, TenantId
 
 
@@ -14,7 +15,8 @@ class AdapterCard:
     """One registered adapter version as it is listed.
 
     ``family`` as trained (``lora``, ``rslora``); ``max_rank`` is the largest rank of any site;
-    ``nbytes`` the bytes of its parts; ``created`` in Unix seconds.
+    ``nbytes`` the bytes of its parts; ``created`` in Unix seconds; ``stable``: its name means it
+    now, a canary aside.
     """
 
     ref: AdapterRef
@@ -22,14 +24,18 @@ class AdapterCard:
     max_rank: int
     nbytes: int
     created: int
+    stable: bool = field(default=False, compare=False)
 
 
 class AdapterDirectory(Protocol):
     """Names to immutable versions. Every call is quick, thread-safe and blocks on nothing."""
 
-    def resolve(self, model: str, tenant: TenantId) -> AdapterRef | None:
+    def resolve(
+        self, model: str, tenant: TenantId, hint: RouteHint | None = None
+    ) -> AdapterRef | None:
         """The version that ``model`` (the base's id, a name, or ``name@version``) means now.
 
+        ``hint`` says which side of a canary a request for a name gets; without it the stable one.
         None: the bare base. Raises ModelNotFoundError, whose message lists near names.
         """
 

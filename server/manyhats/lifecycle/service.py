@@ -1,4 +1,4 @@
-"""Registering, listing and deleting adapters: store, registry and residency as one.
+"""Registering, listing, finding and deleting adapters: store, registry and residency as one.
 
 A registration is staged, copied, compiled (which is the validation), committed to the store, and
 entered in the registry last: until then nothing of it can be seen, and a failure leaves nothing.
@@ -7,68 +7,55 @@ entered in the registry last: until then nothing of it can be seen, and a failur
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from manyhats.adapters.compose import compose
 from manyhats.adapters.files import AdapterLimits, locate
-from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore, Staging
 from manyhats.errors import (
-    AdapterLoadError,
     AdapterRejectedError,
     ConflictError,
     ModelNotFoundError,
-    RequestError,
+    PermissionDeniedError,
 )
+from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.compositions import NamedComposition, resolve_composition
 from manyhats.lifecycle.directory import AdapterCard
+from manyhats.lifecycle.loading import Compile, Residency, load_adapter, reconcile
 from manyhats.lifecycle.names import NearNames
-from manyhats.lifecycle.registry import AdapterRecord, Registry, check_name
+from manyhats.lifecycle.records import (
+    Entry,
+    Registration,
+    State,
+    card_of,
+    check_name,
+    check_no_member,
+    split_version,
+)
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.rollouts import Rollouts
+from manyhats.lifecycle.routes import BASELINE, RouteHint, Side, drawn
 from manyhats.types import AdapterRef, Digest, TenantId
 
 logger = logging.getLogger(__name__)
 
 _DROPPED_REMEMBERED: Final = 1024
 
-Compile = Callable[[Path], CompiledAdapter]
-"""Reads and checks a version's folder. Raises AdapterRejectedError. The digest is put in later."""
-
-
-class Residency(Protocol):
-    """The tiers above the disk, as registration sees them. Thread-safe; returns at once."""
-
-    def prefetch(self, ref: AdapterRef) -> None:
-        """Start to bring the version to the host tier; undoes a ``drop`` of the same content."""
-
-    def drop(self, ref: AdapterRef) -> None:
-        """No new lease on the version; its memory goes now, or with the last lease."""
-
-
-def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:
-    """A version out of the store, lengths checked, in canonical form: what fills the host tier.
-
-    Raises AdapterLoadError, also for what was accepted once and is no longer (damaged bytes, a
-    lower ``max_rank``).
-    """
-    try:
-        return replace(compile_folder(store.path(digest)), digest=digest)
-    except AdapterRejectedError as exc:
-        raise AdapterLoadError(f"adapter {digest} can no longer be served: {exc.message}") from exc
-
 
 class AdapterService:
     """The adapters of one server; implements ``AdapterDirectory``. Thread-safe.
 
     ``roots`` are the folders that may be registered from, ``limits`` bounds an adapter,
-    ``base_id`` is the base's own name. ``resolve``, ``list``, ``get`` and ``versions``
-    answer from memory; the others block on the disk and belong on a worker thread.
+    ``base_id`` is the base's own name. ``resolve``, ``list``, ``get``, ``visible`` and
+    ``entry`` answer from memory; the others block on the disk and belong on a worker thread.
+    ``rollouts`` changes which version a name means.
     """
 
     def __init__(
@@ -93,44 +80,81 @@ class AdapterService:
         self._changing = threading.Lock()  # store and registry change together
         # Running requests may still hold these on the device: it must be told if they come back.
         self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
-        self._near: tuple[int, TenantId, NearNames] | None = None
-        self._reconcile()
+        self._near: tuple[tuple[int, int, TenantId], NearNames] | None = None
+        self.rollouts = Rollouts(registry, self.entry)
+        reconcile(store, registry)
 
-    def resolve(self, model: str, tenant: TenantId) -> AdapterRef | None:
+    def resolve(
+        self, model: str, tenant: TenantId, hint: RouteHint | None = None
+    ) -> AdapterRef | None:
         """The version that ``model`` means now; None for the base. Raises ModelNotFoundError."""
         if model == self._base_id:
             return None
-        record = self._registry.resolve(model, tenant)
-        if record is None:
+        name, version = split_version(model)
+        entry = self._registry.entry(name)
+        if entry is None or not self._registry.may_use(entry, tenant):
+            raise self._not_found(model, tenant)
+        if version is None:
+            version = self._routed(entry, hint or RouteHint(side=Side.STABLE))
+            if version == BASELINE:
+                return None
+        record = entry.find(version)
+        if record is None or record.state is not State.READY:
             raise self._not_found(model, tenant)
         return record.ref
 
     def list(self, tenant: TenantId) -> list[AdapterCard]:
         """Every version that the tenant may ask for, by name, oldest first."""
-        return [_card(record) for record in self._registry.list(tenant)]
+        return [
+            card_of(entry, record)
+            for entry in self._registry.entries()
+            if self._registry.may_use(entry, tenant)
+            for record in entry.versions
+            if record.state is State.READY
+        ]
 
     def get(self, model: str, tenant: TenantId) -> AdapterCard:
-        """What ``name`` or ``name@version`` means now. Raises ModelNotFoundError."""
-        record = self._registry.resolve(model, tenant)
+        """``name@version``, or a name's stable version (its newest where the base answers for it).
+
+        Raises ModelNotFoundError.
+        """
+        name, version = split_version(model)
+        entry = self.visible(name, tenant)
+        if version is None:
+            version = entry.route.stable or entry.versions[-1].ref.version
+        record = entry.find(version)
         if record is None:
             raise self._not_found(model, tenant)
-        return _card(record)
+        return card_of(entry, record)
 
-    def versions(self, name: str, tenant: TenantId) -> tuple[AdapterRecord, ...]:
-        """Every version of ``name``, oldest first. Raises ModelNotFoundError."""
-        records = self._registry.versions(name)
-        if not records or records[-1].tenant != tenant:
+    def visible(self, name: str, tenant: TenantId) -> Entry:
+        """A name that the tenant may use, all its versions. Raises ModelNotFoundError."""
+        entry = self._registry.entry(name)
+        if entry is None or not self._registry.may_use(entry, tenant):
             raise self._not_found(name, tenant)
-        return records
+        return entry
+
+    def entry(self, name: str, tenant: TenantId) -> Entry:
+        """The same of a name that is the tenant's own: what a change needs."""
+        entry = self._registry.entry(name)
+        if entry is None or entry.owner != tenant:
+            raise self._not_found(name, tenant)
+        return entry
 
     def register_folder(
-        self, name: str, folder: str, *, tenant: TenantId, source: str | None = None
+        self,
+        name: str,
+        folder: str,
+        *,
+        tenant: TenantId,
+        source: str | None = None,
+        registration: Registration | None = None,
     ) -> AdapterCard:
         """Register the adapter in ``folder``, which must lie in an allowed root.
 
-        The same content under the same name again is the version that is there already. ``source``
-        (default: the folder) is kept with the version. Raises RequestError (the name),
-        AdapterRejectedError, ConflictError, ServiceError.
+        The same content under the same name again is the version that is there already, and the
+        route stays. ``source`` (default: the folder) is kept with the version. Raises RequestError
+        (the name), AdapterRejectedError, ConflictError, ServiceError.
         """
         self.check(name)
         if not self._roots:
@@ -142,14 +166,26 @@ class AdapterService:
         files = locate(Path(folder), self._roots)
         with self.stage() as staging:
             staging.copy(files.config_path, files.weights_path)
-            return self.register_staged(name, staging, tenant=tenant, source=source or folder)
+            return self.register_staged(
+                name,
+                staging,
+                tenant=tenant,
+                source=source or folder,
+                registration=registration,
+            )
 
     def stage(self) -> AbstractContextManager[Staging]:
         """Room for an upload; gone at the block's end. Raises ServiceError (the disk)."""
         return self._store.stage(self._limits.max_bytes)
 
     def register_staged(
-        self, name: str, staging: Staging, *, tenant: TenantId, source: str
+        self,
+        name: str,
+        staging: Staging,
+        *,
+        tenant: TenantId,
+        source: str,
+        registration: Registration | None = None,
     ) -> AdapterCard:
         """Register what was written to ``staging``; else as ``register_folder``."""
         self.check(name)
@@ -171,6 +207,7 @@ class AdapterService:
                     nbytes=nbytes,
                     source=source,
                     virtual_tokens=virtual_tokens,
+                    registration=registration,
                 )
             except BaseException:
                 if not self._registry.uses(digest):
@@ -184,18 +221,25 @@ class AdapterService:
         return card
 
     def register_composition(
-        self, name: str, wanted: NamedComposition, *, tenant: TenantId
+        self,
+        name: str,
+        wanted: NamedComposition,
+        *,
+        tenant: TenantId,
+        source: str | None = None,
+        registration: Registration | None = None,
     ) -> AdapterCard:
         """Register adapters worn as one, pinned to the versions that their names mean now.
 
-        Raises RequestError, ModelNotFoundError, AdapterRejectedError (what cannot be composed),
-        ConflictError, AdapterLoadError, ServiceError.
+        Raises RequestError, ModelNotFoundError, PermissionDeniedError (another tenant's member),
+        AdapterRejectedError (not to be composed), ConflictError, AdapterLoadError, ServiceError.
         """
         self.check(name)
         resolve = partial(self.resolve, tenant=tenant)
         ref = resolve_composition(wanted, resolve, "composition")
         if ref.composition is None:
             raise ValueError(f"{ref} is no composition")
+        self._check_owned(ref.composition.members, tenant)
         with self._compiling:
             members = [
                 load_adapter(self._store, self._compile, member.digest)
@@ -215,9 +259,10 @@ class AdapterService:
                 family=ref.composition.kind.value,
                 max_rank=max_rank,
                 nbytes=nbytes,
-                source=ref.name,
+                source=source or ref.name,
                 virtual_tokens=ref.virtual_tokens,
                 composition=ref.composition,
+                registration=registration,
             )
             if ref.digest in self._dropped:
                 self._dropped.remove(ref.digest)
@@ -225,6 +270,15 @@ class AdapterService:
             card = self.get(str(added), tenant)
         logger.info("composition %s is registered: %s", added, ref.name)
         return card
+
+    def _check_owned(self, members: Sequence[AdapterRef], tenant: TenantId) -> None:
+        """Pinned members outlive a grant and hold up their owner: only one's own may be pinned."""
+        for member in members:
+            if self.visible(member.name, tenant).owner != tenant:
+                raise PermissionDeniedError(
+                    f"composition: {member} is another tenant's; name it in the request instead",
+                    param="composition",
+                )
 
     def check(self, name: str) -> None:
         """What can be said before a byte is read. Raises RequestError or ConflictError."""
@@ -236,28 +290,23 @@ class AdapterService:
         """Start to bring a version to the host tier."""
         self._residency.prefetch(ref)
 
-    def delete(self, name: str, tenant: TenantId) -> tuple[AdapterRef, ...]:
-        """Remove every version of ``name`` and return them.
+    def delete(
+        self, model: str, tenant: TenantId, *, force: bool = False, cause: Cause | None = None
+    ) -> tuple[AdapterRef, ...]:
+        """Remove every version of a name, or ``name@version`` alone, and return them.
 
         New requests are refused from now on; those that hold a lease keep the copy on the device
-        until they end. Bytes that another name refers to stay. Raises ModelNotFoundError,
-        RequestError (``name@version``), ConflictError (a registered composition has it as a
-        member), ServiceError.
+        until they end. Bytes that another version refers to stay. What is refused unless ``force``:
+        see ``Registry.delete``. Raises ModelNotFoundError, ConflictError, ServiceError.
         """
-        if "@" in name:
-            raise RequestError(
-                f"name {name[:140]!r}: a whole name is deleted, not one version", param="name"
-            )
+        name, version = split_version(model)
         with self._changing:
-            self.versions(name, tenant)
-            if holders := self._registry.compositions_of(name):
-                shown = ", ".join(map(str, holders[:5]))
-                raise ConflictError(
-                    f"adapter {name!r} is a member of {len(holders)} registered compositions: "
-                    f"{shown}; delete those first",
-                    param="name",
-                )
-            refs = tuple(record.ref for record in self._registry.delete(name))
+            entry = self.entry(name, tenant)
+            if version is not None and entry.find(version) is None:
+                raise self._not_found(model, tenant)
+            check_no_member(self._registry.entries(), name, version)
+            gone = self._registry.delete(name, version, force=force, cause=cause)
+            refs = tuple(record.ref for record in gone)
             unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
             for digest, ref in unused.items():
                 try:
@@ -265,22 +314,24 @@ class AdapterService:
                 finally:
                     self._dropped.append(digest)
                     self._residency.drop(ref)
-        logger.info("deleted adapter %s (%d versions)", name, len(refs))
+        logger.info("deleted adapter %s (%d versions)", model, len(refs))
         return refs
 
-    def _reconcile(self) -> None:
-        """Bring the store in line with the registry after a death between the two."""
-        kept, known = set(self._store.list()), self._registry.digests()
-        for digest in kept - known:
-            self._store.delete(digest)
-            logger.info("removed %s from the store: no version refers to it", digest)
-        for digest in known - kept:
-            logger.error("adapter version %s is registered, its bytes are missing", digest)
+    def _routed(self, entry: Entry, hint: RouteHint) -> int:
+        """The version that a request for the name gets, or BASELINE."""
+        canary = entry.route.canary
+        if canary is None or hint.side is not None:
+            return entry.route.target(hint, draw=0.0)
+        sticky = hint.sticky or secrets.token_hex(16)
+        draw = drawn(self._registry.draw_key, entry.name, canary.version, sticky)
+        return entry.route.target(hint, draw=draw)
 
     def _not_found(self, model: str, tenant: TenantId) -> ModelNotFoundError:
         message = f"no model or adapter {model[:140]!r}"
         name, at, _ = model.partition("@")
-        known = [r for r in self._registry.versions(name) if r.tenant == tenant] if at else []
+        entry = self._registry.entry(name) if at else None
+        usable = entry is not None and self._registry.may_use(entry, tenant)
+        known = [r for r in entry.versions if r.state is State.READY] if entry and usable else []
         if known:
             newest = ", ".join(str(r.ref) for r in reversed(known[-5:]))
             return ModelNotFoundError(f"{message}; the newest of it: {newest}", param="model")
@@ -289,18 +340,9 @@ class AdapterService:
         return ModelNotFoundError(message + hint, param="model")
 
     def _near_names(self, tenant: TenantId) -> NearNames:
-        generation, near = self._registry.generation, self._near
-        if near is None or near[:2] != (generation, tenant):
+        state = (self._registry.generation, self._registry.access.revision, tenant)
+        near = self._near
+        if near is None or near[0] != state:
             names = {record.ref.name for record in self._registry.list(tenant)}
-            near = self._near = (generation, tenant, NearNames({*names, self._base_id}))
-        return near[2]
-
-
-def _card(record: AdapterRecord) -> AdapterCard:
-    return AdapterCard(
-        ref=record.ref,
-        family=record.family,
-        max_rank=record.max_rank,
-        nbytes=record.nbytes,
-        created=record.created,
-    )
+            near = self._near = (state, NearNames({*names, self._base_id}))
+        return near[1]

@@ -2,11 +2,11 @@
 
 ``adapter`` is an adapter's name, ``(stack)`` or ``(weighted)`` for every composition that a request
 named, ``base`` for the bare base, or ``other``: the first N names to arrive keep a label of their
-own (N = the setting ``metrics_adapters``), so the label has at most N + 2 values. ``outcome`` is
-one of four finish reasons; ``tier`` is ``host`` or ``device``;
-``route`` is a template of the application's own routes or ``unmatched``, never a path; ``method``
-is one of seven or ``other``; ``status`` is an HTTP status; ``backend`` has one value, the kernels
-in use.
+own (N = the setting ``metrics_adapters``), so the label has at most N + 2 values; ``tenant``
+likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
+one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a template of the
+application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
+``status`` is an HTTP status; ``backend`` has one value, the kernels in use.
 
 ====================================  =========  =====================  =========================
 series                                type       labels                 meaning
@@ -29,6 +29,10 @@ manyhats_adapter_load_seconds         histogram  tier                   time tha
 manyhats_adapter_evictions_total      counter    adapter, tier          left a tier
 manyhats_adapter_load_failures_total  counter    adapter                could not be loaded
 manyhats_http_requests_total          counter    route, method, status  499: the client went away
+manyhats_tenant_requests_total        counter    tenant                 requests served
+manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
+manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
+manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
@@ -107,14 +111,22 @@ class Metrics:
     ``render`` on any.
     """
 
-    def __init__(self, max_adapter_labels: int, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        max_adapter_labels: int,
+        *,
+        max_tenant_labels: int = 200,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """``clock`` gives Unix seconds for ``vllm:lora_requests_info``."""
         self.registry = CollectorRegistry()
         self._cap = LabelCap(max_adapter_labels)
+        self._tenants = LabelCap(max_tenant_labels)
         self._series: dict[str, _AdapterSeries] = {}
         self._snapshot = SnapshotCollector(self._cap, clock)
         self._declare_requests()
         self._declare_engine()
+        self._declare_tenants()
         self.registry.register(self._snapshot)
 
     def watch(self, stats: Callable[[], StatsView]) -> None:
@@ -132,6 +144,17 @@ class Metrics:
     def http(self, route: str, method: str, status: int) -> None:
         """An HTTP request was answered; ``route`` is the route's template or ``unmatched``."""
         self._http.labels(route, method, str(status)).inc()
+
+    def used(self, tenant: str, prompt_tokens: int, output_tokens: int) -> None:
+        """A tenant's request has ended, which the engine had taken."""
+        label = self._tenants.label(tenant)
+        self._tenant_requests.labels(label).inc()
+        self._tenant_prompt_tokens.labels(label).inc(prompt_tokens)
+        self._tenant_output_tokens.labels(label).inc(output_tokens)
+
+    def refused(self, tenant: str, quota: str) -> None:
+        """A request was refused; ``quota`` is the field's name."""
+        self._refusals.labels(self._tenants.label(tenant), quota).inc()
 
     def step(self, seconds: float, prefill_tokens: int, decode_tokens: int, sequences: int) -> None:
         """See EngineObserver."""
@@ -246,6 +269,19 @@ class Metrics:
         self._evictions = self._counter("adapter_evictions", "Adapters that left a tier.", placed)
         self._load_failures = self._counter(
             "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
+        )
+
+    def _declare_tenants(self) -> None:
+        tenant = ("tenant",)
+        self._tenant_requests = self._counter("tenant_requests", "Requests served.", tenant)
+        self._tenant_prompt_tokens = self._counter(
+            "tenant_prompt_tokens", "Prompt tokens of requests served.", tenant
+        )
+        self._tenant_output_tokens = self._counter(
+            "tenant_output_tokens", "Tokens generated for a tenant.", tenant
+        )
+        self._refusals = self._counter(
+            "quota_refusals", "Requests refused for a quota.", ("tenant", "quota")
         )
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:

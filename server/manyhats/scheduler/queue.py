@@ -1,15 +1,17 @@
 """The sequences that wait to be admitted, and the order in which they are served.
 
-Tenants take turns, one sequence each. Within a tenant, preempted sequences come first (their
-readers wait in mid-sentence), then the oldest. How tenants share is decided here and nowhere else.
+The tenant that has had the least service is served next (``fair.FairShares``); of equals, the one
+whose last turn is longest ago. Within a tenant, preempted sequences come first (their readers wait
+in mid-sentence), then the oldest.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
+from manyhats.scheduler.fair import FairShares
 from manyhats.types import AdapterRef, Digest, Sequence, TenantId
 
 _Key = tuple[bool, int]
@@ -26,9 +28,13 @@ def _key(seq: Sequence) -> _Key:
 
 
 class WaitingQueue:
-    """Grouped by tenant, then by adapter, so that a scan passes over a whole group at once."""
+    """Grouped by tenant, then by adapter, so that a scan passes over a whole group at once.
 
-    def __init__(self) -> None:
+    ``fair`` decides between tenants and is told who waits and who is served.
+    """
+
+    def __init__(self, fair: FairShares | None = None) -> None:
+        self.fair = fair or FairShares()
         self._tenants: OrderedDict[TenantId, dict[Digest | None, _Group]] = OrderedDict()
         self._length = 0
 
@@ -71,6 +77,8 @@ class WaitingQueue:
         return Scan(self)
 
     def _group(self, seq: Sequence) -> _Group:
+        if seq.tenant not in self._tenants:
+            self.fair.enter(seq.tenant, self._tenants.keys())
         groups = self._tenants.setdefault(seq.tenant, {})
         return groups.setdefault(adapter_digest(seq), _Group())
 
@@ -82,44 +90,53 @@ class WaitingQueue:
             del groups[adapter_digest(seq)]
         if not groups:
             del self._tenants[seq.tenant]
+            self.fair.leave(seq.tenant)
 
 
 class Scan:
     """One pass over the queue in the order of service, seeing each sequence at most once.
 
     The caller does one of three things with each ``head``: ``take``, ``drop`` or ``pass_over``.
-    It costs one heap operation a sequence taken and one a group passed over, however long the
+    It costs two heap operations a sequence taken and one a group passed over, however long the
     groups are. The queue changes only through the scan while it lasts.
     """
 
     def __init__(self, queue: WaitingQueue) -> None:
         self._queue = queue
-        self._ring = deque(queue._tenants)
+        waiting = queue._tenants.keys()
+        self._turns: list[tuple[tuple[int, float], int, TenantId]] = [
+            (queue.fair.rank(tenant, waiting), number, tenant)
+            for number, tenant in enumerate(queue._tenants)
+        ]
+        heapify(self._turns)
+        self._number = len(self._turns)  # of the next turn: who had one goes behind its equals
         self._heaps: dict[TenantId, list[tuple[_Key, Digest | None]]] = {}
         self._passed: set[Digest | None] = set()
 
     def head(self) -> Sequence | None:
         """The sequence that is to be served next, None when nothing is left to look at."""
-        while self._ring:
-            heap = self._heap(self._ring[0])
-            while heap and heap[0][1] in self._passed:
-                heappop(heap)
-            if heap:
-                return self._queue._tenants[self._ring[0]][heap[0][1]][0]
-            self._ring.popleft()
+        while self._turns:
+            seq = self._first(self._turns[0][2])
+            if seq is not None:
+                return seq
+            heappop(self._turns)
         return None
 
     def take(self) -> None:
-        """The head is served: it leaves the queue, and its tenant's turn is over."""
-        tenant = self._ring[0]
-        self.drop()
-        self._ring.rotate(-1)
-        if tenant in self._queue._tenants:
-            self._queue._tenants.move_to_end(tenant)
+        """The head is served and its tenant charged for the prompt, unless it was before."""
+        tenant = self._turns[0][2]
+        seq = self.drop()
+        fair, tenants = self._queue.fair, self._queue._tenants
+        if seq.preemptions == 0:
+            fair.charge_prompt(tenant, seq.prompt_len)
+        if tenant in tenants:
+            tenants.move_to_end(tenant)
+            heapreplace(self._turns, (fair.rank(tenant, tenants.keys()), self._number, tenant))
+            self._number += 1
 
-    def drop(self) -> None:
-        """The head leaves the queue unserved; its tenant keeps its turn."""
-        tenant = self._ring[0]
+    def drop(self) -> Sequence:
+        """The head leaves the queue unserved and is returned; its tenant keeps its turn."""
+        tenant = self._turns[0][2]
         heap = self._heaps[tenant]
         _, digest = heappop(heap)
         group = self._queue._tenants[tenant][digest]
@@ -127,20 +144,39 @@ class Scan:
         if group:
             heappush(heap, (_key(group[0]), digest))
         self._queue._left(seq)
+        return seq
 
     def pass_over(self) -> None:
         """Look at no further sequence with the head's adapter in this pass."""
-        self._passed.add(self._heaps[self._ring[0]][0][1])
+        self._passed.add(self._heaps[self._turns[0][2]][0][1])
 
     def ahead(self, limit: int) -> list[Sequence]:
-        """The next sequences of up to ``limit`` adapters not looked at yet; this ends the pass."""
+        """The next sequences of up to ``limit`` adapters not looked at yet; this ends the pass.
+
+        Tenants take turns here, the one to be served next first: nobody is charged for a look.
+        """
         found: list[Sequence] = []
-        while len(found) < limit and (seq := self.head()) is not None:
+        ring = deque(tenant for _, _, tenant in sorted(self._turns))
+        self._turns = []
+        while len(found) < limit and ring:
+            seq = self._first(ring[0])
+            if seq is None:
+                ring.popleft()
+                continue
             if seq.adapter is not None:
                 found.append(seq)
-            self.pass_over()
-            self._ring.rotate(-1)
+            self._passed.add(adapter_digest(seq))
+            ring.rotate(-1)
         return found
+
+    def _first(self, tenant: TenantId) -> Sequence | None:
+        """The tenant's next sequence whose adapter is not passed over."""
+        if tenant not in self._queue._tenants:
+            return None
+        heap = self._heap(tenant)
+        while heap and heap[0][1] in self._passed:
+            heappop(heap)
+        return self._queue._tenants[tenant][heap[0][1]][0] if heap else None
 
     def _heap(self, tenant: TenantId) -> list[tuple[_Key, Digest | None]]:
         heap = self._heaps.get(tenant)

@@ -28,6 +28,7 @@ from collections.abc import Sequence as SequenceABC
 from manyhats.errors import ManyhatsError, QueueFullError, RequestError
 from manyhats.scheduler.blocks import BlockManager, SchedulerStateError
 from manyhats.scheduler.budget import Budget
+from manyhats.scheduler.fair import FairShares
 from manyhats.scheduler.pace import AdmissionPace
 from manyhats.scheduler.queue import Scan, WaitingQueue
 from manyhats.scheduler.residency import Failed, Pending, Ready, Residency
@@ -45,7 +46,10 @@ _LOOKAHEAD = 8
 
 
 class Scheduler:
-    """Decides who runs, within the bounds that ``Budget`` explains and checks (ConfigError)."""
+    """Decides who runs, within the bounds that ``Budget`` explains and checks (ConfigError).
+
+    ``fair`` shares between tenants; by default they are all alike.
+    """
 
     def __init__(
         self,
@@ -56,13 +60,14 @@ class Scheduler:
         max_step_tokens: int,
         max_queue: int,
         max_context: int,
+        fair: FairShares | None = None,
     ) -> None:
         self._blocks = blocks
         self._residency = residency
         self._budget = Budget(max_num_seqs, max_step_tokens, max_queue, max_context)
         # Left free at an admission, lest those that run already be preempted at once.
         self._reserve = max(1, blocks.num_blocks // 100)
-        self._queue = WaitingQueue()
+        self._queue = WaitingQueue(fair)
         self._running: dict[int, Sequence] = {}  # by id, in the order of admission
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._failed: list[tuple[Sequence, ManyhatsError]] = []
@@ -184,6 +189,7 @@ class Scheduler:
         self._blocks.commit(seq, seq.num_computed)
         if token is not None:
             seq.token_ids.append(token)
+            self._queue.fair.charge_output(seq.tenant)
         if finished:
             self._leave(seq)
             self._forget(seq)

@@ -1,0 +1,168 @@
+"""Administration of routes: promote, canary, rollback, retire; and the audit log of all changes.
+
+Changes need the operator's role and act for one tenant, the name's owner; the log names everybody's
+adapters and needs the admin role. A change holds for every request that comes after its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import Field
+
+from manyhats.api.administration import Operator, adapters, blocking, cause
+from manyhats.api.auth import require_admin, require_operator
+from manyhats.api.body import read_body
+from manyhats.api.schemas import StrictModel, request_body
+from manyhats.errors import RequestError
+from manyhats.lifecycle.audit import MAX_REASON
+from manyhats.lifecycle.rollouts import MAX_STEPS
+from manyhats.lifecycle.routes import BASELINE, Route
+
+router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
+
+Version = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class Reasoned(StrictModel):
+    """Body of a change: why it is made, for the audit log."""
+
+    reason: Annotated[str, Field(max_length=MAX_REASON)] = ""
+
+
+class PromoteRequest(Reasoned):
+    """Body of ``promote``. Without ``version`` it is the canary that becomes the stable one."""
+
+    version: Version | None = None
+
+
+class ScheduleFields(StrictModel):
+    """A canary's way up: ``steps`` in percent, each lasting ``step_s`` seconds."""
+
+    steps: Annotated[list[float], Field(min_length=1, max_length=MAX_STEPS)] = Field(
+        default_factory=lambda: [5.0, 25.0, 50.0, 100.0]
+    )
+    step_s: Annotated[float, Field(gt=0)]
+
+
+class CanaryRequest(Reasoned):
+    """Body of ``canary``: ``percent`` of the callers (0 ends it), or a ``schedule``.
+
+    Without ``version``: the canary that there is.
+    """
+
+    version: Version | None = None
+    percent: Annotated[float | None, Field(ge=0, le=100)] = None
+    schedule: ScheduleFields | None = None
+
+
+class RollbackRequest(Reasoned):
+    """Body of ``rollback``. ``previous`` ends a canary; without one it brings back what was stable
+    before.
+    """
+
+    to: Literal["previous", "baseline"] | Version = "previous"
+
+
+class RetireRequest(Reasoned):
+    """Body of ``retire``; ``retired`` false brings the version back."""
+
+    version: Version
+    retired: bool = True
+
+
+@router.post("/admin/adapters/{name}/promote", openapi_extra=request_body(PromoteRequest))
+async def promote(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Make a version the stable one: every request for the name gets it. A canary ends."""
+    body = await read_body(request, PromoteRequest)
+    call = adapters(request).rollouts.promote
+    why = cause(caller, body.reason)
+    return await _routed(name, partial(call, name, caller.tenant, why, body.version))
+
+
+@router.post("/admin/adapters/{name}/canary", openapi_extra=request_body(CanaryRequest))
+async def canary(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Give a version a share of the callers, fixed or growing by a schedule.
+
+    Who is in the share is drawn by the request's ``user``, else by its API key, and stays in it as
+    it grows; the header ``x-manyhats-route: canary`` or ``stable`` chooses.
+    """
+    body = await read_body(request, CanaryRequest)
+    why, rollouts = cause(caller, body.reason), adapters(request).rollouts
+    if (body.percent is None) == (body.schedule is None):
+        raise RequestError("give percent or schedule, one of them", param="percent")
+    if body.schedule is not None:
+        plan = body.schedule
+        call = partial(
+            rollouts.schedule, version=body.version, steps=plan.steps, step_s=plan.step_s
+        )
+    else:
+        call = partial(rollouts.canary, version=body.version, percent=body.percent or 0.0)
+    return await _routed(name, partial(call, name, caller.tenant, why))
+
+
+@router.post("/admin/adapters/{name}/canary/hold", openapi_extra=request_body(Reasoned))
+async def hold(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Keep a scheduled canary at its present share."""
+    body = await read_body(request, Reasoned)
+    call = adapters(request).rollouts.hold
+    return await _routed(name, partial(call, name, caller.tenant, cause(caller, body.reason)))
+
+
+@router.post("/admin/adapters/{name}/canary/resume", openapi_extra=request_body(Reasoned))
+async def resume(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Let a held canary go on; its present step begins anew."""
+    body = await read_body(request, Reasoned)
+    call = adapters(request).rollouts.resume
+    return await _routed(name, partial(call, name, caller.tenant, cause(caller, body.reason)))
+
+
+@router.post("/admin/adapters/{name}/rollback", openapi_extra=request_body(RollbackRequest))
+async def rollback(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Go back to what was before, to any version, or to the base (``baseline``), which then answers
+    the requests for the name.
+    """
+    body = await read_body(request, RollbackRequest)
+    to = {"previous": None, "baseline": BASELINE}[body.to] if isinstance(body.to, str) else body.to
+    call = adapters(request).rollouts.rollback
+    why = cause(caller, body.reason)
+    return await _routed(name, partial(call, name, caller.tenant, why, to))
+
+
+@router.post("/admin/adapters/{name}/retire", openapi_extra=request_body(RetireRequest))
+async def retire(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Take a version that nothing is routed to out of use, or bring it back. Its bytes stay."""
+    body = await read_body(request, RetireRequest)
+    call = adapters(request).rollouts.retire
+    why = cause(caller, body.reason)
+    entry = await blocking(
+        partial(call, name, caller.tenant, why, body.version, retired=body.retired)
+    )
+    versions = [{"version": r.ref.version, "state": r.state.value} for r in entry.versions]
+    return {"name": name, "route": entry.route.shown(), "versions": versions}
+
+
+@router.get("/admin/audit", dependencies=[Depends(require_admin)])
+async def read_audit(
+    request: Request,
+    name: Annotated[str | None, Query(max_length=128)] = None,
+    after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    """The audit log beyond entry ``after``, oldest first; ``has_more`` says whether it goes on.
+
+    Each entry holds the hash of the one before it, and its own: the SHA-256 of the canonical JSON
+    (sorted keys, no spaces) of all its other fields.
+    """
+    call = adapters(request).rollouts.audit
+    entries = await blocking(partial(call, name=name, after=after, limit=limit + 1))
+    data = [entry.shown() for entry in entries[:limit]]
+    return {"object": "list", "data": data, "has_more": len(entries) > limit}
+
+
+async def _routed(name: str, change: Callable[[], Route]) -> dict[str, Any]:
+    route = await blocking(change)
+    return {"name": name, "route": route.shown()}

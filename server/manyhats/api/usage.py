@@ -1,0 +1,52 @@
+"""What tenants have used, as JSON and CSV: an operator's view of all of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from enum import StrEnum
+
+import orjson
+from fastapi import APIRouter, Depends, Response
+
+from manyhats.api.auth import require_operator
+from manyhats.api.state import ApiState, api_state
+from manyhats.tenancy.usage import UsageRow
+
+router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
+
+
+class UsageFormat(StrEnum):
+    """How the usage is written."""
+
+    JSON = "json"
+    CSV = "csv"
+
+
+@router.get("/admin/usage")
+async def usage(
+    state: ApiState = Depends(api_state),  # noqa: B008 - FastAPI's way
+    format: UsageFormat = UsageFormat.JSON,  # noqa: A002 - the query's name
+    tenant: str | None = None,
+) -> Response:
+    """Requests and tokens of each tenant and adapter (null or empty: the bare base).
+
+    This server's, since it started (``since``, Unix seconds).
+    """
+    rows = [row for row in state.usage.rows() if tenant is None or row.tenant == tenant]
+    if format is UsageFormat.CSV:
+        return Response(_csv(rows), media_type="text/csv; charset=utf-8")
+    body = {"object": "list", "since": state.usage.since, "data": [asdict(row) for row in rows]}
+    return Response(orjson.dumps(body), media_type="application/json")
+
+
+def _csv(rows: Sequence[UsageRow]) -> str:
+    """Names hold neither commas nor a formula's first character, so no spreadsheet computes."""
+    text = io.StringIO()
+    names = [field.name for field in fields(UsageRow)]
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

@@ -1,0 +1,268 @@
+"""Changing which version a name means: promote, canary, rollback, retire, and a canary's schedule.
+
+Each call is one transaction with its entry in the audit log, and holds for the next request; those
+that run keep the version that they were given.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Final
+
+from manyhats.errors import ConflictError, RequestError
+from manyhats.lifecycle import routes
+from manyhats.lifecycle.audit import MAX_REASON, AuditEntry, Cause
+from manyhats.lifecycle.records import Entry, State
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.routes import Canary, Route, Schedule
+from manyhats.types import TenantId
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS: Final = 32
+"""Bound of a schedule's steps."""
+
+Find = Callable[[str, TenantId], Entry]
+"""A name as its tenant sees it. Raises ModelNotFoundError."""
+
+Check = Callable[[str, Route], str | None]
+"""Asked before a scheduled canary goes on: why it must not, or None."""
+
+
+class Rollouts:
+    """The routes of one server's names. Thread-safe; every call blocks on the disk.
+
+    Every change raises ModelNotFoundError (the name, the version), ConflictError (the version is
+    retired, or the route does not allow the change), ServiceError (the disk).
+    """
+
+    def __init__(
+        self, registry: Registry, find: Find, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._registry = registry
+        self._find = find
+        self._clock = clock
+
+    def promote(
+        self, name: str, tenant: TenantId, cause: Cause, version: int | None = None
+    ) -> Route:
+        """Make ``version`` (None: the canary) the stable one; no canary is left."""
+
+        def update(entry: Entry) -> Route:
+            wanted = version
+            if wanted is None:
+                wanted = _canary(entry).version
+            return routes.promoted(entry.route, entry.ready(wanted))
+
+        return self._change(name, tenant, "promote", cause, update)
+
+    def canary(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        *,
+        version: int | None,
+        percent: float,
+    ) -> Route:
+        """``version`` (None: the canary) gets ``percent`` (0 to 100) of the callers; 0 ends it.
+
+        Raises RequestError as well (the percentage).
+        """
+        _check_percent(percent, "percent")
+
+        def update(entry: Entry) -> Route:
+            wanted = entry.ready(_canary(entry).version if version is None else version)
+            if not percent and _canary(entry).version != wanted:
+                raise ConflictError(
+                    f"version {wanted} is not the canary: {entry.route.described()}",
+                    param="version",
+                )
+            return routes.with_canary(entry.route, wanted, float(percent))
+
+        return self._change(name, tenant, "canary", cause, update)
+
+    def schedule(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        *,
+        version: int | None,
+        steps: Sequence[float],
+        step_s: float,
+    ) -> Route:
+        """``version`` (None: the canary) gets ``steps`` percent of the callers, ``step_s`` seconds
+        each; ``tick`` moves it on.
+
+        Raises RequestError as well (the steps).
+        """
+        for i, percent in enumerate(steps):
+            _check_percent(percent, f"steps[{i}]")
+        rising = all(a < b for a, b in pairwise(steps))
+        if not 1 <= len(steps) <= MAX_STEPS or not rising or not steps[0]:
+            raise RequestError(
+                f"steps: 1 to {MAX_STEPS} percentages over 0, each over the one before",
+                param="steps",
+            )
+        if not 0 < step_s <= 366 * 86400:
+            raise RequestError("step_s: over 0 and at most a year", param="step_s")
+        plan = Schedule(tuple(map(float, steps)), float(step_s), 0, self._clock() + step_s)
+
+        def update(entry: Entry) -> Route:
+            wanted = entry.ready(_canary(entry).version if version is None else version)
+            return routes.with_canary(entry.route, wanted, plan.steps[0], plan)
+
+        return self._change(name, tenant, "schedule", cause, update)
+
+    def hold(self, name: str, tenant: TenantId, cause: Cause) -> Route:
+        """Keep a scheduled canary where it is until ``resume``."""
+
+        def update(entry: Entry) -> Route:
+            plan = replace(_schedule(entry), held=cause.reason or "held")
+            return replace(entry.route, canary=replace(_canary(entry), schedule=plan))
+
+        return self._change(name, tenant, "hold", cause, update)
+
+    def resume(self, name: str, tenant: TenantId, cause: Cause) -> Route:
+        """Let a held canary go on: its present step begins anew."""
+
+        def update(entry: Entry) -> Route:
+            plan = _schedule(entry)
+            plan = replace(plan, held="", due=self._clock() + plan.step_s)
+            return replace(entry.route, canary=replace(_canary(entry), schedule=plan))
+
+        return self._change(name, tenant, "resume", cause, update)
+
+    def rollback(self, name: str, tenant: TenantId, cause: Cause, to: int | None = None) -> Route:
+        """End the canary, and go to version ``to`` or BASELINE.
+
+        None undoes the last step: it ends a canary and leaves the stable version; where there is no
+        canary, what was stable before is so again.
+        """
+
+        def update(entry: Entry) -> Route:
+            if to is not None:
+                return routes.promoted(entry.route, entry.ready(to, "to"))
+            route = routes.undone(entry.route)
+            entry.ready(route.stable, "to")
+            return route
+
+        return self._change(name, tenant, "rollback", cause, update)
+
+    def retire(
+        self, name: str, tenant: TenantId, cause: Cause, version: int, *, retired: bool = True
+    ) -> Entry:
+        """Take a version that nothing is routed to out of use, or bring it back.
+
+        Its bytes stay. Returns the name as it is then.
+        """
+        _check(cause)
+        self._find(name, tenant)
+        self._registry.set_state(name, version, State.RETIRED if retired else State.READY, cause)
+        return self._find(name, tenant)
+
+    def audit(self, *, name: str | None, after: int, limit: int) -> tuple[AuditEntry, ...]:
+        """Entries of the audit log: see ``Registry.audit``."""
+        return self._registry.audit(name=name, after=after, limit=limit)
+
+    def tick(self, check: Check | None = None) -> None:
+        """Move every scheduled canary on whose step has ended.
+
+        ``check`` may hold it instead, with a reason. After a last step of 100 % the canary is
+        promoted; after a lower one it stays as it is. Raises ServiceError.
+        """
+        now = self._clock()
+        for entry in self._registry.scheduled():
+            if _is_due(entry.route, now):
+                self._advance(entry, check(entry.name, entry.route) if check else None, now)
+
+    def _advance(self, seen: Entry, objection: str | None, now: float) -> None:
+        if objection:
+            self._apply(seen, "hold", objection, lambda entry: _held(entry.route, objection))
+        elif seen.route.canary is not None and seen.route.canary.percent >= 100:
+            version = seen.route.canary.version
+            self._apply(
+                seen,
+                "promote",
+                "the last step has ended",
+                lambda e: routes.promoted(e.route, version),
+            )
+        else:
+            self._apply(seen, "advance", "the step has ended", lambda e: _next_step(e.route, now))
+
+    def _apply(
+        self, seen: Entry, action: str, reason: str, update: Callable[[Entry], Route]
+    ) -> None:
+        """A change by the schedule, unless somebody has changed the route meanwhile."""
+
+        def unless_changed(entry: Entry) -> Route:
+            return update(entry) if entry.route == seen.route else entry.route
+
+        cause = Cause("schedule", reason[:MAX_REASON])
+        route = self._registry.change(seen.name, action, cause, unless_changed)
+        logger.info("schedule: %s %s (%s): %s", action, seen.name, reason, route.described())
+
+    def _change(
+        self,
+        name: str,
+        tenant: TenantId,
+        action: str,
+        cause: Cause,
+        update: Callable[[Entry], Route],
+    ) -> Route:
+        _check(cause)
+        self._find(name, tenant)
+        route = self._registry.change(name, action, cause, update)
+        logger.info("%s %s by %s: %s", action, name, cause.actor, route.described())
+        return route
+
+
+def _check(cause: Cause) -> None:
+    if len(cause.reason) > MAX_REASON:
+        raise RequestError(f"reason: at most {MAX_REASON} characters", param="reason")
+
+
+def _check_percent(percent: float, param: str) -> None:
+    if not 0 <= percent <= 100:
+        raise RequestError(f"{param} is {percent:g}: 0 to 100", param=param)
+
+
+def _canary(entry: Entry) -> Canary:
+    if entry.route.canary is None:
+        raise ConflictError(f"adapter {entry.name!r} has no canary: {entry.route.described()}")
+    return entry.route.canary
+
+
+def _schedule(entry: Entry) -> Schedule:
+    schedule = _canary(entry).schedule
+    if schedule is None:
+        raise ConflictError(f"the canary of {entry.name!r} has no schedule")
+    return schedule
+
+
+def _is_due(route: Route, now: float) -> bool:
+    schedule = route.canary.schedule if route.canary else None
+    if route.canary is None or schedule is None or schedule.held or now < schedule.due:
+        return False
+    return route.canary.percent >= 100 or schedule.step + 1 < len(schedule.steps)
+
+
+def _held(route: Route, reason: str) -> Route:
+    if route.canary is None or route.canary.schedule is None:
+        return route
+    schedule = replace(route.canary.schedule, held=reason[:MAX_REASON])
+    return replace(route, canary=replace(route.canary, schedule=schedule))
+
+
+def _next_step(route: Route, now: float) -> Route:
+    if route.canary is None or route.canary.schedule is None:
+        return route
+    plan = route.canary.schedule
+    step = plan.step + 1
+    plan = replace(plan, step=step, due=now + plan.step_s)
+    return replace(route, canary=Canary(route.canary.version, plan.steps[step], plan))

@@ -1,0 +1,1 @@
+"""Tenants: who they are, their keys, what they may use, how much, and what they used."""
