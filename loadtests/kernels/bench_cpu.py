@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from manyhats_kernels import AdapterBatch, AttentionBatch, Backend, SiteRows, resolve
+from manyhats_kernels.groups import SiteGroup, SiteWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,7 +45,9 @@ def report(what: str, byte_count: int, times: tuple[float, float]) -> None:
 def lora_calls(
     backend: Backend, shape: tuple[int, int, int], slots: list[int], copies: int, dtype: torch.dtype
 ) -> list[Callable[[], object]]:
-    """Calls of lora_add with ``(rank, in, out)`` adapters, each on pools of its own."""
+    """Calls as the engine makes them, of one site with ``(rank, in, out)`` adapters, each on pools
+    of its own.
+    """
     rank, n_in, n_out = shape
     count = max(slots) + 1 if slots else 1
     batch = AdapterBatch.build(slots, count)
@@ -52,11 +55,16 @@ def lora_calls(
         torch.arange(count, dtype=torch.int32) * rank, torch.full((count,), rank, dtype=torch.int32)
     )
     x, y = torch.randn(len(slots), n_in).to(dtype), torch.zeros(len(slots), n_out, dtype=dtype)
-    pools = [
-        (torch.randn(count * rank, n_in).to(dtype), torch.randn(count * rank, n_out).to(dtype))
+    sites = [
+        SiteWeights(
+            torch.randn(count * rank, n_in).to(dtype),
+            torch.randn(count * rank, n_out).to(dtype),
+            rows,
+        )
         for _ in range(copies)
     ]
-    return [lambda a=a, b=b: backend.lora_add(y, x, a, b, rows, batch) for a, b in pools]
+    groups = [SiteGroup([site]) for site in sites]
+    return [lambda group=group: backend.lora_add_group([y], x, group, batch) for group in groups]
 
 
 def attention_calls(

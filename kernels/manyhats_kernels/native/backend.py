@@ -277,14 +277,14 @@ class NativeBackend(NativeParts, NativeDense):
                 f"x must be [T, {group.in_features}] of bf16 with contiguous rows, got "
                 f"{tuple(x.shape)} {x.dtype}"
             )
-        width = group.ends[-1]
-        y = torch.empty((tokens, width), dtype=x.dtype)
         if not self._amx and tokens > DOTS_ROWS:
             return [
                 functional.linear(x, self.dequantize_4bit(w, x.dtype), bias)
                 for w, bias in zip(group.weights, group.biases, strict=True)
                 if isinstance(w, FourBitWeight)
             ]
+        width = group.ends[-1]
+        y = torch.empty((tokens, width), dtype=x.dtype)
         fields, step, address = group.descriptor, group.FIELDS, y.data_ptr()
         for i, (end, out) in enumerate(zip(group.ends, group.outs, strict=True)):
             fields[i * step] = address + (end - out) * 2

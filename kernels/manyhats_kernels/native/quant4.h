@@ -20,7 +20,7 @@ typedef struct { /* int64 fields in this order come from the launcher */
 
 typedef struct {
     const quant4_matrix *matrices;
-    int64_t matrix_count, panel_count;
+    int64_t panel_count;
     const bf16 *x;
     int64_t x_stride, tokens, k;
     bf16 *x_packed, *panels;
@@ -149,7 +149,7 @@ EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, in
         if (!(scratch = aligned_alloc(64, blocks_of(need * sizeof *scratch, 64) * 64))) return MH_NO_MEMORY;
         scratch_size = need;
     }
-    quant4_args g = {matrices, matrix_count, panel_count, x, x_stride, tokens, k, scratch,
+    quant4_args g = {matrices, panel_count, x, x_stride, tokens, k, scratch,
                      scratch + token_tiles * k, threads};
 #ifdef MH_AMX
     if (amx) {

@@ -112,14 +112,14 @@ class SitePool:
 class PoolGroup:
     """The pools of linear sites that read the same input, applied in one call."""
 
-    __slots__ = ("_backend", "_group", "_head", "_pools")
+    __slots__ = ("_backend", "_group", "_pools")
 
     def __init__(self, pools: Sequence[SitePool], backend: Backend) -> None:
         self._pools = tuple(pools)
         self._backend = backend
-        self._head = any(pool.spec.kind is SiteKind.HEAD for pool in pools)
         # The head's rows come into being later: it is alone, and takes its own way.
-        self._group = None if self._head else SiteGroup([pool.weights for pool in pools])
+        head = any(pool.spec.kind is SiteKind.HEAD for pool in pools)
+        self._group = None if head else SiteGroup([pool.weights for pool in pools])
 
     def must_run_alone(self, state: StepState) -> bool:
         """Whether the members must be computed one by one: a worn adapter changes the input or

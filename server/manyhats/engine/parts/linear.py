@@ -113,7 +113,8 @@ class LinearExtras:
 
     def before(self, state: StepState) -> bool:
         """Whether a worn adapter changes x or stands in for the weight: what ``finish`` cannot."""
-        return self._input.worn(state) or bool(self._dense) or bool(self._rows)
+        whole = (*self._dense, *self._rows)
+        return self._input.worn(state) or any(state.worn_slots >> slot & 1 for slot in whole)
 
     def finish(self, y: torch.Tensor, batch: AdapterBatch, state: StepState) -> None:
         """The output's scale and bias, in place. y: [T, out]."""
