@@ -34,6 +34,5 @@ def plain_forward(module: nn.Module) -> Any:
 
 def unhook(module: nn.Module) -> None:
     """Gives a module its own forward back."""
-    own = plain_forward(module)
-    if module.forward is not own:
-        module.forward = own
+    if isinstance(vars(module).get("forward"), Hook):
+        module.forward = plain_forward(module)
