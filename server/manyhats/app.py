@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 import uvicorn
@@ -42,11 +43,18 @@ from manyhats.lifecycle.loading import load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
-from manyhats.metrics import Metrics
+from manyhats.metrics import LabelCap, Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
+from manyhats.telemetry import logs
+from manyhats.telemetry.build import open_telemetry
+from manyhats.telemetry.build import wanted as telemetry_wanted
+from manyhats.telemetry.loads import LoadLog
 from manyhats.tenancy.build import Tenancy, open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
+
+if TYPE_CHECKING:
+    from manyhats.telemetry.otel import OtelTracer
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +92,13 @@ def build(settings: Settings) -> Application:
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)
+    loads = LoadLog(metrics) if telemetry_wanted(settings) else None
     engine = build_engine(
         settings,
         base,
         kernels,
         load_adapter=partial(load_adapter, store, compile_folder),
-        observer=metrics,
+        observer=loads or metrics,
         shares=_shares(tenancy.directory),
     )
     adapters = AdapterService(
@@ -101,6 +110,7 @@ def build(settings: Settings) -> Application:
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
+    tracer = None if loads is None else _tracer(settings, engine, loads)
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -109,12 +119,20 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        tracer=tracer,
     )
     modules = (admin, rollouts, sharing, tenants, usage)
     lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
     api = create_api(state, [module.router for module in modules], lifespan)
-    closing = (registry.close, store.close, tenancy.close)
+    traced = () if tracer is None else (tracer.close,)
+    closing = (*traced, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
+
+
+def _tracer(settings: Settings, engine: Engine, loads: LoadLog) -> OtelTracer:
+    tracer = open_telemetry(settings, loads, LabelCap(settings.metrics_tenants).label)
+    tracer.watch(engine.client.stats)
+    return tracer
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -150,10 +168,7 @@ def serve(settings: Settings) -> None:
     """Builds the server and runs it until SIGTERM or Ctrl-C; then drains within
     ``settings.drain_s``.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.set_up(settings.log_level, settings.log_format)
     quiet_libraries()
     application = build(settings)
     if settings.register_roots:

@@ -63,6 +63,13 @@ class LogLevel(enum.StrEnum):
     ERROR = "error"
 
 
+class LogFormat(enum.StrEnum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 class Settings(BaseSettings):
     """The server's settings; sizes say their unit in their name or description."""
 
@@ -216,6 +223,14 @@ class Settings(BaseSettings):
         description="Tenants with a label of their own in /metrics; the rest are 'other'.",
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
+    log_format: LogFormat = Field(
+        default=LogFormat.TEXT, description="Log lines for people, or one JSON object a line."
+    )
+    otel_endpoint: str | None = Field(
+        default=None,
+        description="Collector that OpenTelemetry traces and metrics go to (OTLP over HTTP, "
+        "http://host:4318); default: what the OTEL_* variables say, or none.",
+    )
 
     @field_validator("home")
     @classmethod
@@ -240,6 +255,11 @@ class Settings(BaseSettings):
     def rows(self) -> int:
         """Rank rows per site on the device."""
         return self.pool_rows if self.pool_rows is not None else max(16 * self.slots, self.max_rank)
+
+
+def otel_variable(name: str) -> str:
+    """One of OpenTelemetry's standard variables; empty where it is not set."""
+    return os.environ.get(f"OTEL_{name}", "").strip()
 
 
 def unknown_variables() -> list[str]:

@@ -19,6 +19,7 @@ from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.metrics import Metrics
+from manyhats.telemetry.record import Tracer
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
 
@@ -43,6 +44,8 @@ class Api:
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    tracer: Tracer | None = None
+
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
             ApiState(
@@ -52,6 +55,7 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                tracer=self.tracer,
             ),
             self.routers,
         )

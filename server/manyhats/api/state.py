@@ -11,6 +11,7 @@ from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.metrics import Metrics
+from manyhats.telemetry.record import Tracer
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
 from manyhats.tenancy.usage import UsageLedger
@@ -40,6 +41,7 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    tracer: Tracer | None = None
 
 
 def api_state(request: Request) -> ApiState:
