@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,31 @@ def test_a_server_that_cannot_start_is_told_with_its_log(tmp_path: Path) -> None
         process.wait_ready(60)
     assert not process.alive
     assert "--slots" in (tmp_path / "log").read_text()
+    told = threading.Event()
+    process.when_it_dies(told.set)
+    assert told.is_set()
     process.stop(1)
+
+
+def test_the_owner_is_told_of_a_death_and_not_of_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = "import signal; signal.pause()"
+    monkeypatch.setattr(
+        "manyhats.fleet.process._tether", lambda: [sys.executable, "-c", waiting]
+    )  # the rest of the command is this one's arguments
+    told = threading.Event()
+    process = EngineProcess([])
+    process.when_it_dies(told.set)
+    assert process.alive
+    assert not told.is_set()
+    os.kill(process.pid, signal.SIGKILL)
+    assert told.wait(30)
+    stopped, silent = EngineProcess([]), threading.Event()
+    stopped.when_it_dies(silent.set)
+    stopped.stop(30)
+    assert not stopped.alive
+    for thread in [t for t in threading.enumerate() if t.name == "engine"]:
+        thread.join(30)
+    assert not silent.is_set()
 
 
 def test_the_error_comes_through_to_other_processes() -> None:

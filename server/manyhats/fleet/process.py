@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class EngineProcess:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: OSError | None = None
+        self._stopping = False
+        self._on_death: Callable[[], None] | None = None
         started = threading.Event()
         # The kernel's signal comes with the end of the thread that forked, so this one stays.
         threading.Thread(target=self._run, args=(started,), name="engine", daemon=True).start()
@@ -81,8 +83,15 @@ class EngineProcess:
                 time.sleep(_POLL_S)
         raise EngineGoneError(f"the server was not ready after {timeout_s:g} s")
 
+    def when_it_dies(self, then: Callable[[], None]) -> None:
+        """Calls ``then``, on a thread, when the process ends without ``stop``; now, if it has."""
+        self._on_death = then
+        if not self.alive:
+            then()
+
     def stop(self, timeout_s: float) -> None:
         """SIGTERM, on which the server drains; SIGKILL after ``timeout_s``."""
+        self._stopping = True
         process = self._process
         if process is None or process.poll() is not None:
             return
@@ -110,6 +119,8 @@ class EngineProcess:
         finally:
             started.set()
         self._process.wait()
+        if self._on_death is not None and not self._stopping:
+            self._on_death()
 
 
 def _tether() -> list[str]:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shlex
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,7 @@ class Fleet(BaseModel):
 
     ``target_requests``: the running and queued requests a replica that the autoscaler aims at;
     ``max_requests``: from how many on a replica refuses, so that its adapters spill to others.
+    ``retry_s``: how long a request of which nothing was heard is tried again.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,6 +70,7 @@ class Fleet(BaseModel):
     downscale_delay_s: float = Field(default=300.0, ge=0)
     start_s: float = Field(default=600.0, gt=0)
     drain_s: float = Field(default=60.0, gt=0)
+    retry_s: float = Field(default=30.0, ge=0)
     random_routing: bool = Field(default=False, description="To measure what affinity is worth.")
 
 
@@ -128,6 +132,9 @@ class Engine:
             [*flags, *shlex.split(settings.flags)], log=home / "server.log"
         )
         self._process.wait_ready(settings.start_s)
+        # A replica without its server is of no use, and would look idle until its health check
+        # has failed often enough: without the process of the replica Ray sees at once.
+        self._process.when_it_dies(lambda: os._exit(1))
         self._client = httpx.AsyncClient(
             base_url=self._process.base_url,
             timeout=httpx.Timeout(None, connect=_PROBE_S),
@@ -192,9 +199,9 @@ class Gateway:
     first, so the death of a replica costs its callers time and no error.
     """
 
-    def __init__(self, engines: DeploymentHandle, attempts: int, affine: bool) -> None:
+    def __init__(self, engines: DeploymentHandle, retry_s: float, affine: bool) -> None:
         self._engines = engines
-        self._attempts = attempts
+        self._retry_s = retry_s
         self._affine = affine
         self._base: str | None = None
 
@@ -211,17 +218,21 @@ class Gateway:
             body,
         )
         key = adapter_key(call.path, body, self._base) if self._affine else ""
-        attempts = self._attempts if may_repeat(call.method, call.path) else 1
-        for attempt in range(1, attempts + 1):
+        retry_s = self._retry_s if may_repeat(call.method, call.path) else 0.0
+        deadline, pause = time.monotonic() + retry_s, 0.1
+        while True:
             try:
                 return await self._ask(call, key)
             except (ActorDiedError, ActorUnavailableError, EngineGoneError, RayTaskError) as error:
                 if isinstance(error, RayTaskError) and not isinstance(error.cause, EngineGoneError):
                     raise
-                logger.warning("attempt %d of %d: %s", attempt, attempts, type(error).__name__)
-                await asyncio.sleep(0.1 * 2 ** min(attempt, 5))
+                logger.warning("a replica did not answer: %s", type(error).__name__)
             except BackPressureError:
                 break
+            if time.monotonic() + pause > deadline:
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 2.0)
         return error_response(NoReplicaError("no replica can answer now", retry_after_s=1.0))
 
     async def _ask(self, call: Call, key: str) -> Response:
@@ -286,7 +297,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return gateway.bind(engines, 2 + fleet.max_replicas, not fleet.random_routing)
+    return gateway.bind(engines, fleet.retry_s, not fleet.random_routing)
 
 
 def _router() -> Any:
