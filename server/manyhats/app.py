@@ -26,6 +26,7 @@ from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
 from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import evaluations as evaluations_api
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -38,6 +39,8 @@ from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.evaluation.store import EvaluationStore
 from manyhats.lifecycle.loading import load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
@@ -95,12 +98,16 @@ def build(settings: Settings) -> Application:
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=compile_folder,
+        compile_folder=engine.parity.checked(compile_folder) if engine.parity else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
+    evaluations = EvaluationService(
+        engine.client, adapters, EvaluationStore(folder / "evaluations"), metrics.evaluated
+    )
+    adapters.rollouts.gate = evaluations.objection
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -109,9 +116,12 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        evaluations=evaluations,
     )
-    modules = (admin, rollouts, sharing, tenants, usage)
-    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    modules = (admin, evaluations_api, rollouts, sharing, tenants, usage)
+    lifespan = partial(
+        _lifespan, engine=engine, adapters=adapters, tenancy=tenancy, evaluations=evaluations
+    )
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
@@ -207,7 +217,12 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+    _app: FastAPI,
+    *,
+    engine: Engine,
+    adapters: AdapterService,
+    tenancy: Tenancy,
+    evaluations: EvaluationService,
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
@@ -215,9 +230,10 @@ async def _lifespan(
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
         with tenancy.directory.keep_fresh():
-            async with scheduled(adapters.rollouts):
+            async with scheduled(adapters.rollouts, adapters.rollouts.objection):
                 yield
     finally:
+        await evaluations.close()
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
         await tenancy.limiter.close()

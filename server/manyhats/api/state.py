@@ -10,6 +10,7 @@ from fastapi import Request
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
+from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -40,6 +41,7 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    evaluations: EvaluationService | None = None
 
 
 def api_state(request: Request) -> ApiState:
