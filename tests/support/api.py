@@ -18,6 +18,7 @@ from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
@@ -43,6 +44,8 @@ class Api:
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    evaluations: EvaluationService | None = None
+
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
             ApiState(
@@ -52,6 +55,7 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                evaluations=self.evaluations,
             ),
             self.routers,
         )
