@@ -41,7 +41,7 @@ from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.evaluation.store import EvaluationStore
-from manyhats.lifecycle.loading import load_adapter
+from manyhats.lifecycle.loading import checked, load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
@@ -98,7 +98,9 @@ def build(settings: Settings) -> Application:
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=engine.parity.checked(compile_folder) if engine.parity else compile_folder,
+        compile_folder=checked(compile_folder, engine.parity.check)
+        if engine.parity
+        else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
