@@ -47,7 +47,8 @@ class AdapterRecord:
     """One registered version.
 
     ``nbytes`` is the size of its parts, ``created`` in Unix seconds, ``source`` says where it came
-    from (a folder, ``upload``), ``actor`` who registered it.
+    from (a folder, ``upload``), ``actor`` who registered it, ``since`` when it got its state (0:
+    with its registration). A field is added at the end, with a default; see ``documents.py``.
     """
 
     ref: AdapterRef
@@ -61,6 +62,7 @@ class AdapterRecord:
     actor: str = ""
     revision: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    since: int = 0
 
     def audited(self) -> dict[str, Any]:
         """What the audit log keeps of it."""
