@@ -103,8 +103,9 @@ class Adapters:
     service: AdapterService
 
     def leftovers(self) -> list[Path]:
-        """What lies in the store's temporary folder."""
-        return sorted((self.home / "store" / "tmp").iterdir())
+        """What lies in the store's temporary folders beside their processes' locks."""
+        found = (self.home / "store" / "tmp").glob("*/*")
+        return sorted(path for path in found if path.name != "lock")
 
 
 @contextmanager

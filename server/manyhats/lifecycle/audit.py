@@ -97,7 +97,7 @@ def following(
     after: Mapping[str, Any],
 ) -> AuditEntry:
     """The entry of a change that comes after ``previous``: (number, hash) of the newest one."""
-    fields = {
+    fields: dict[str, Any] = {
         "seq": previous[0] + 1,
         "at": at,
         "actor": cause.actor,

@@ -8,6 +8,7 @@ kill -9. The next read after that sees it; on other replicas one as soon as they
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ from manyhats.lifecycle.records import (
     State,
     check_name,
     check_no_member,
+    check_removable,
     held,
     route_json,
 )
@@ -77,6 +79,11 @@ class Registry:
     def follow(self, follower: Callable[[Difference], None]) -> None:
         """From now on ``follower`` is told what others change in a shared store; see ``Ledger``."""
         self._ledger.follower = follower
+
+    @property
+    def identity(self) -> str:
+        """What the registry is known by; nobody draws a key from it."""
+        return hashlib.sha256(self._store.key).hexdigest()
 
     @property
     def draw_key(self) -> bytes:
@@ -213,8 +220,10 @@ class Registry:
         force: bool = True,
         cause: Cause | None = None,
         action: str = "delete",
+        only: Callable[[AdapterRecord], bool] = lambda record: True,
     ) -> tuple[AdapterRecord, ...]:
-        """Remove and return every version of ``name``, or the one named; its counter stays.
+        """Remove and return every version of ``name``, or the one named, for which ``only`` holds;
+        its counter stays.
 
         Unless ``force``, a name with several versions and a version that requests are routed to are
         refused (ConflictError); the stable version always is, as long as there are others. Raises
@@ -225,13 +234,15 @@ class Registry:
         def plan() -> Change | None:
             entry = self.entry(name)
             removed[:] = [
-                r for r in (entry.versions if entry else ()) if version in (None, r.ref.version)
+                r
+                for r in (entry.versions if entry else ())
+                if version in (None, r.ref.version) and only(r)
             ]
             if entry is None or not removed:
                 return None
             kept = tuple(r for r in entry.versions if r not in removed)
             check_no_member(self._snapshot.entries(), name, version)
-            _check_removable(entry, removed, kept, version, force=force)
+            check_removable(entry, removed, kept, version, force=force)
             route = routes.without(entry.route, removed[0].ref.version) if kept else None
             if not kept:
                 self.access.forget(name)  # first: a death between leaves it private
@@ -323,20 +334,3 @@ class Registry:
                 f"{count} adapter versions are registered, the bound is {self._max_versions} "
                 "(max_adapters); delete some first"
             )
-
-
-def _check_removable(
-    entry: Entry,
-    gone: list[AdapterRecord],
-    kept: tuple[AdapterRecord, ...],
-    version: int | None,
-    *,
-    force: bool,
-) -> None:
-    """Raises ConflictError, see ``Registry.delete``."""
-    if kept and version is not None:
-        routed = entry.route.holds(version)
-        if routed and (not force or version == entry.route.stable):
-            raise held(entry, str(gone[0].ref), "deleted")
-    elif len(gone) > 1 and not force:
-        raise held(entry, f"{entry.name!r} with its {len(gone)} versions", "deleted without force")

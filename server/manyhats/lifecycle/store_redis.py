@@ -164,13 +164,13 @@ class RedisRegistryStore:
             with self._slow.pipeline(transaction=True) as pipe:
                 pipe.delete(self._head, self._documents, self._audit, self._names)
                 pipe.set(self._key_name, dump.key.hex())
-                for some in _batches(dump.documents.items(), _BATCH):
+                for some in _batches(dump.documents.items()):
                     pipe.hset(self._documents, mapping=dict(some))
                 for entry in dump.entries:
                     text = canonical(entry.shown())
                     pipe.xadd(self._audit, {"entry": text}, id=f"{entry.seq}-0")
-                for some in _batches(dump.entries, _BATCH):
-                    pipe.zadd(self._names, {_member(e.name, e.seq): 0 for e in some})
+                for part in _batches(dump.entries):
+                    pipe.zadd(self._names, {_member(e.name, e.seq): 0 for e in part})
                 if dump.entries:
                     pipe.set(self._head, _end(Head.of(dump.entries[-1])))
                 pipe.publish(self._wake, len(dump.entries))
