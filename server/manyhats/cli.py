@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from manyhats import __version__
 from manyhats.commands import adapters, tenants
 from manyhats.config import Dtype, Settings, unknown_variables
-from manyhats.errors import ConfigError, RequestError
+from manyhats.errors import ConfigError, RequestError, ServiceError
 
 app = typer.Typer(
     name="manyhats",
@@ -129,12 +129,12 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
 
 def _guarded(work: Callable[[], None]) -> None:
-    """Runs ``work``; a setting that turns out wrong, or another mistake of the caller's, ends the
-    command with 2 and no traceback.
+    """Runs ``work``; a setting that turns out wrong, another mistake of the caller's, or a store
+    that does not answer ends the command with 2 and no traceback.
     """
     try:
         work()
-    except (ConfigError, RequestError) as error:
+    except (ConfigError, RequestError, ServiceError) as error:
         _fail(error.message)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +41,7 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    store_reachable: Callable[[], bool] = lambda: True
 
 
 def api_state(request: Request) -> ApiState:

@@ -10,16 +10,21 @@ from manyhats.config import Settings
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
 from manyhats.tenancy.limiter_redis import RedisLimiter
+from manyhats.tenancy.store import TenantStore
 from manyhats.tenancy.store_redis import RedisTenantStore
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
+from manyhats.tenancy.usage import UsageLedger, UsageStore
+from manyhats.tenancy.usage_redis import RedisUsageStore
+from manyhats.tenancy.usage_sqlite import SqliteUsageStore
 
 
 @dataclass(frozen=True, slots=True)
 class Tenancy:
-    """Who the tenants are and what they may have; ``close`` gives up the store."""
+    """Who the tenants are, what they may have and what they used; ``close`` gives up the stores."""
 
     directory: TenantDirectory
     limiter: Limiter
+    usage: UsageLedger
     close: Callable[[], None]
 
 
@@ -29,8 +34,24 @@ def open_tenancy(settings: Settings, path: Path) -> Tenancy:
     Raises ConfigError and ServiceError.
     """
     if settings.redis_url is None:
-        embedded = SqliteTenantStore(path)
-        return Tenancy(TenantDirectory(embedded), MemoryLimiter(), embedded.close)
+        return _embedded(settings, path)
     url = settings.redis_url.get_secret_value()
-    shared = RedisTenantStore(url)
-    return Tenancy(TenantDirectory(shared), RedisLimiter(url), shared.close)
+    shared, kept = RedisTenantStore(url), RedisUsageStore(url)
+    usage = UsageLedger(kept, days=settings.usage_days)
+    return Tenancy(TenantDirectory(shared), RedisLimiter(url), usage, _closing(shared, kept))
+
+
+def _embedded(settings: Settings, path: Path) -> Tenancy:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    embedded, kept = SqliteTenantStore(path), SqliteUsageStore(path)
+    usage = UsageLedger(kept, days=settings.usage_days)
+    limiter = MemoryLimiter(used_today=usage.tokens_today())
+    return Tenancy(TenantDirectory(embedded), limiter, usage, _closing(embedded, kept))
+
+
+def _closing(*stores: TenantStore | UsageStore) -> Callable[[], None]:
+    def close() -> None:
+        for store in stores:
+            store.close()
+
+    return close
