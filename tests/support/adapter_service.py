@@ -22,8 +22,10 @@ from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
 from manyhats.adapters.store import AdapterStore
 from manyhats.lifecycle.access import Access
+from manyhats.lifecycle.collector import Retention
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.service import AdapterService
+from manyhats.lifecycle.store_redis import RedisRegistryStore
 from manyhats.types import AdapterRef, Digest
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -110,15 +112,22 @@ class Adapters:
 
 @contextmanager
 def open_adapters(
-    home: Path, *, max_versions: int = 100, access: Access | None = None
+    home: Path,
+    *,
+    max_versions: int = 100,
+    access: Access | None = None,
+    redis_url: str | None = None,
+    retention: Retention | None = None,
 ) -> Iterator[Adapters]:
-    """The service over ``home``; closed at the end, so that it can be opened again."""
+    """The service over ``home``; closed at the end, so that it can be opened again.
+
+    The registry lies there too, or in the Redis at ``redis_url``.
+    """
     root = home / "allowed"
     root.mkdir(parents=True, exist_ok=True)
     store = AdapterStore(home / "store")
-    registry = Registry(
-        home / "registry.sqlite", max_versions=max_versions, clock=lambda: 1234.5, access=access
-    )
+    kept = RedisRegistryStore(redis_url, BASE_ID) if redis_url else home / "registry.sqlite"
+    registry = Registry(kept, max_versions=max_versions, clock=lambda: 1234.5, access=access)
     residency = RecordingResidency()
     try:
         service = AdapterService(
@@ -129,6 +138,7 @@ def open_adapters(
             base_id=BASE_ID,
             roots=[root],
             limits=LIMITS,
+            retention=retention,
         )
         yield Adapters(home, root, store, registry, residency, service)
     finally:

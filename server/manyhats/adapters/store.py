@@ -65,14 +65,15 @@ class AdapterStore:
                 os.close(self._mine)
                 self._mine = None
 
-    def claim(self, registry: str) -> None:
+    def claim(self, registry: str, *, replace: bool = False) -> None:
         """Say whose versions these are: ``registry`` identifies a registry.
 
-        Raises ConfigError where they are another one's, which would lose them at the next sweep.
+        Unless ``replace``, raises ConfigError where they are another one's, which would lose them
+        at the next sweep.
         """
         mark = self._root / _MARK
         with disk(), locked(self._root / _LOCK, exclusive=True):
-            if not mark.exists():
+            if replace or not mark.exists():
                 new = self._tmp / _MARK
                 new.write_text(registry, "ascii")
                 new.rename(mark)
@@ -119,7 +120,7 @@ class AdapterStore:
             target = self._folder(digest)
             with self._lock:
                 if target.exists():
-                    if self._is_intact(digest):
+                    if self.intact(digest):
                         return digest
                     self._discard(target)
                 target.parent.mkdir(exist_ok=True)
@@ -214,7 +215,8 @@ class AdapterStore:
             raise AdapterLoadError(f"{MANIFEST} of adapter {digest} is damaged on the disk")
         return {name: (length, sha) for name, length, sha in json.loads(content)["files"]}
 
-    def _is_intact(self, digest: Digest) -> bool:
+    def intact(self, digest: Digest) -> bool:
+        """Whether the version is there, and what its digest says. Reads everything."""
         try:
             self.verify(digest)
         except AdapterLoadError:

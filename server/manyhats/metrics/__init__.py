@@ -33,6 +33,9 @@ manyhats_tenant_requests_total        counter    tenant                 requests
 manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
+manyhats_store_reachable              gauge                             1: the registry's store
+manyhats_gc_versions_total            counter                           retired ones collected
+manyhats_gc_bytes_total               counter                           bytes collected
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed

@@ -28,25 +28,30 @@ class Tenancy:
     close: Callable[[], None]
 
 
+def open_stores(settings: Settings, path: Path) -> tuple[TenantStore, UsageStore]:
+    """Of tenants and of usage: the SQLite file ``path``, or where ``redis_url`` says.
+
+    Raises ConfigError.
+    """
+    if settings.redis_url is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return SqliteTenantStore(path), SqliteUsageStore(path)
+    url = settings.redis_url.get_secret_value()
+    return RedisTenantStore(url), RedisUsageStore(url)
+
+
 def open_tenancy(settings: Settings, path: Path) -> Tenancy:
-    """In the SQLite file ``path`` and in memory, or where ``redis_url`` says.
+    """Over ``open_stores``, quotas in memory or in the same Redis.
 
     Raises ConfigError and ServiceError.
     """
+    tenants, kept = open_stores(settings, path)
+    usage = UsageLedger(kept, days=settings.usage_days)
     if settings.redis_url is None:
-        return _embedded(settings, path)
-    url = settings.redis_url.get_secret_value()
-    shared, kept = RedisTenantStore(url), RedisUsageStore(url)
-    usage = UsageLedger(kept, days=settings.usage_days)
-    return Tenancy(TenantDirectory(shared), RedisLimiter(url), usage, _closing(shared, kept))
-
-
-def _embedded(settings: Settings, path: Path) -> Tenancy:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    embedded, kept = SqliteTenantStore(path), SqliteUsageStore(path)
-    usage = UsageLedger(kept, days=settings.usage_days)
-    limiter = MemoryLimiter(used_today=usage.tokens_today())
-    return Tenancy(TenantDirectory(embedded), limiter, usage, _closing(embedded, kept))
+        limiter: Limiter = MemoryLimiter(used_today=usage.tokens_today())
+    else:
+        limiter = RedisLimiter(settings.redis_url.get_secret_value())
+    return Tenancy(TenantDirectory(tenants), limiter, usage, _closing(tenants, kept))
 
 
 def _closing(*stores: TenantStore | UsageStore) -> Callable[[], None]:

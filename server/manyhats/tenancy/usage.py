@@ -66,6 +66,9 @@ class UsageStore(Protocol):
     def read(self, since: int) -> Tally:
         """The sums of the days from ``since`` on."""
 
+    def replace(self, tally: Tally) -> None:
+        """Put ``tally`` in the place of all that is there."""
+
     def close(self) -> None:
         """Give up the file or the connections."""
 

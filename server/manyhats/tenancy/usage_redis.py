@@ -81,6 +81,23 @@ class RedisUsageStore:
                 tally[key] = tally.get(key, Counts())._replace(**{name: int(number)})
         return tally
 
+    def replace(self, tally: Tally) -> None:
+        """See UsageStore."""
+        days = _PREFIX + "days"
+        try:
+            known = self._redis.smembers(days)
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.delete(days, *(f"{_PREFIX}day:{day}" for day in known))
+                for (day, tenant, adapter), counts in tally.items():
+                    fields = {
+                        json.dumps([tenant, adapter, name]): number
+                        for name, number in counts._asdict().items()
+                    }
+                    pipe.sadd(days, day).hset(f"{_PREFIX}day:{day}", mapping=fields)
+                pipe.execute()
+        except redis.RedisError as exc:
+            raise ServiceError(f"the shared usage (Redis) failed: {exc}") from exc
+
     def close(self) -> None:
         """See UsageStore."""
         self._redis.close()

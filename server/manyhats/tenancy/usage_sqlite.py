@@ -72,6 +72,16 @@ class SqliteUsageStore:
             for day, tenant, adapter, *counts in rows
         }
 
+    def replace(self, tally: Tally) -> None:
+        """See UsageStore."""
+        rows = [(key.day, key.tenant, key.adapter or "", *n) for key, n in tally.items()]
+        try:
+            with self._lock, self._db as db:
+                db.execute("DELETE FROM usage")
+                db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error as exc:
+            raise ServiceError(f"the usage cannot be written: {exc}") from exc
+
     def close(self) -> None:
         """See UsageStore."""
         with self._lock:
