@@ -118,16 +118,23 @@ def open_adapters(
     access: Access | None = None,
     redis_url: str | None = None,
     retention: Retention | None = None,
+    store: AdapterStore | None = None,
+    registry: Registry | None = None,
 ) -> Iterator[Adapters]:
     """The service over ``home``; closed at the end, so that it can be opened again.
 
-    The registry lies there too, or in the Redis at ``redis_url``.
+    The registry lies there too, or in the Redis at ``redis_url``; or both are given, and left open.
     """
     root = home / "allowed"
     root.mkdir(parents=True, exist_ok=True)
-    store = AdapterStore(home / "store")
-    kept = RedisRegistryStore(redis_url, BASE_ID) if redis_url else home / "registry.sqlite"
-    registry = Registry(kept, max_versions=max_versions, clock=lambda: 1234.5, access=access)
+    closing = []
+    if store is None:
+        store = AdapterStore(home / "store")
+        closing.append(store.close)
+    if registry is None:
+        kept = RedisRegistryStore(redis_url, BASE_ID) if redis_url else home / "registry.sqlite"
+        registry = Registry(kept, max_versions=max_versions, clock=lambda: 1234.5, access=access)
+        closing.append(registry.close)
     residency = RecordingResidency()
     try:
         service = AdapterService(
@@ -142,5 +149,5 @@ def open_adapters(
         )
         yield Adapters(home, root, store, registry, residency, service)
     finally:
-        registry.close()
-        store.close()
+        for close in closing:
+            close()

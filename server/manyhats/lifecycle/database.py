@@ -101,10 +101,11 @@ _MIGRATIONS: Final[tuple[tuple[_Step, ...], ...]] = (
 )
 
 
-def open_database(path: Path) -> sqlite3.Connection:
+def open_database(path: Path, *, migrate: bool = True) -> sqlite3.Connection:
     """The database, brought to the newest format. Every commit waits for the disk.
 
-    Raises ConfigError where the file is of a newer format, sqlite3.Error where it is no database.
+    Raises ConfigError where the file is of a newer format, or of an older one that must stay what
+    it is (not ``migrate``: its owner may be running); sqlite3.Error where it is no database.
     """
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
     try:
@@ -115,6 +116,10 @@ def open_database(path: Path) -> sqlite3.Connection:
         if version > len(_MIGRATIONS):
             raise ConfigError(
                 f"the registry {path} has format {version}, this server knows {len(_MIGRATIONS)}"
+            )
+        if version < len(_MIGRATIONS) and not migrate:
+            raise ConfigError(
+                f"the registry {path} has format {version}; start a server of this version first"
             )
         for number, steps in enumerate(_MIGRATIONS[version:], version + 1):
             transaction(db, partial(_migrate, number=number, steps=steps))

@@ -23,18 +23,20 @@ class SqliteRegistryStore:
     """Implements ``RegistryStore`` in the file ``path``.
 
     Raises ConfigError where the file is not a registry, is of a newer format, or is in use by
-    another process. ``exclusive=False`` opens it beside its owner: to read (a backup does).
+    another process. ``exclusive=False`` opens one that is there beside its owner, to read it.
     """
 
     shared = False
 
     def __init__(self, path: Path, *, exclusive: bool = True) -> None:
+        if not exclusive and not path.is_file():
+            raise ConfigError(f"there is no registry {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         own = path.with_name(path.name + ".lock")
         self._owner = FileLock(own) if exclusive else None
         try:
-            self._db = open_database(path)
+            self._db = open_database(path, migrate=exclusive)
             [self._key] = self._db.execute("SELECT key FROM draw").fetchone()
         except sqlite3.Error as exc:
             self._release()

@@ -204,6 +204,7 @@ class RedisLimiter:
                 self._owed.appendleft((tenant, request_id, quotas, unused))
                 self._note(error)
                 return
+            self._note(None)
 
     async def _told(self, call: Awaitable[Any]) -> None:
         """A request that goes on or ends is not failed for it: what it held is given up in time."""
@@ -211,6 +212,8 @@ class RedisLimiter:
             await call
         except redis.RedisError as error:
             self._note(error)
+        else:
+            self._note(None)
 
     def _note(self, error: redis.RedisError | None) -> None:
         """Say once that Redis is away, and that it is back."""
