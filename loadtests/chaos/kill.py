@@ -182,11 +182,10 @@ class Chaos:
         expect(hashes[: len(self.hashes)] == self.hashes, "an entry is gone or another one")
         self.hashes = hashes
         for name in NAMES:
-            told = [e["after"] for e in entries if e["name"] == name and "route" in str(e["after"])]
-            told += [{}] if told and entries_of(entries, name)[-1]["after"] == {} else []
-            last = told[-1].get("route", told[-1]) if told else {}
+            mine = [e for e in entries if e["name"] == name and "retire" not in e["action"]]
+            last = mine[-1]["after"].get("route", mine[-1]["after"]) if mine else {}
             route = self.known[name]["route"] if self.known[name] else {}
-            expect(not routed(entries, name) or route == last, f"{name}: {route}, the log: {last}")
+            expect(route == last, f"{name}: {route}, the log: {last}")
 
     def check_disk(self, again: Adapters) -> None:
         used = again.registry.digests()
@@ -197,16 +196,6 @@ class Chaos:
         root = self.home / "store"
         files = {p.relative_to(root).parts[0] for p in root.rglob("*") if p.is_file()}
         expect(files <= {"lock", "registry", "tmp", *(d[:2] for d in used)}, f"stray: {files}")
-
-
-def entries_of(entries: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [e for e in entries if e["name"] == name]
-
-
-def routed(entries: list[dict[str, Any]], name: str) -> bool:
-    """Whether the log's last word on the name is of its route."""
-    mine = entries_of(entries, name)
-    return bool(mine) and not mine[-1]["action"].endswith("retire")
 
 
 def expect(true: bool, message: str) -> None:

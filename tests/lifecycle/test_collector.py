@@ -40,7 +40,7 @@ def register(adapters, name, seed):
 
 def collect(adapters, **more) -> list[str]:
     """The versions that go; the bytes of no other."""
-    kept = {r.ref.digest for e in adapters.registry.entries() for r in e.versions}
+    kept = adapters.registry.digests()
     found = adapters.service.collector.collect(WHY, **more)
     if not more:
         assert not kept - set(found.digests) - set(adapters.store.list())
