@@ -111,7 +111,7 @@ def test_json_is_the_servers_answer(run, served):
 
 def test_a_changed_log_is_told(run, served):
     registered(run, served[1])
-    db = served[2].registry._db
+    db = served[2].registry.store._db
     db.execute("DROP TRIGGER audit_keeps_words")
     [seq] = db.execute("SELECT max(seq) FROM audit").fetchone()
     [actor] = db.execute("SELECT actor FROM audit WHERE seq = ?", (seq,)).fetchone()

@@ -112,7 +112,27 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr | None = Field(
         default=None,
-        description="Redis that replicas share tenants, keys and quotas through (redis://host/0).",
+        description="Redis that replicas share: registry, tenants, keys, quotas and usage "
+        "(redis://host/0).",
+    )
+    store: Path | None = Field(
+        default=None,
+        description="Folder of the adapters' bytes, which replicas share; default: in the home.",
+    )
+    keep_retired_days: float | None = Field(
+        default=None, ge=0, description="Days that a retired version is kept; default: for ever."
+    )
+    keep_deleted_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds that a deleted version's bytes are kept, for requests that run on "
+        "other replicas.",
+    )
+    gc_period_s: float = Field(
+        default=3600.0, ge=0, description="Seconds between two collections of those; 0: never."
+    )
+    usage_days: int = Field(
+        default=400, ge=1, le=3660, description="Days that the tenants' usage is kept."
     )
     metrics_open: bool = Field(
         default=False, description="Show /metrics without a key, where keys are configured."
@@ -236,10 +256,10 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
-    @field_validator("home")
+    @field_validator("home", "store")
     @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+    def _expand(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().resolve()
 
     @field_validator("admin_api_keys", "api_keys", mode="before")
     @classmethod
@@ -254,6 +274,15 @@ class Settings(BaseSettings):
     def base_folder(self, base_id: str) -> Path:
         """Where what belongs to one base lies: its registry and its adapters' bytes."""
         return self.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base_id)
+
+    def registry_file(self, base_id: str) -> Path:
+        """The SQLite file of one base's registry, tenants and usage."""
+        return self.base_folder(base_id) / "registry.sqlite"
+
+    def adapter_folder(self, base_id: str) -> Path:
+        """Where the bytes of one base's adapters lie."""
+        own = self.base_folder(base_id)
+        return own / "adapters" if self.store is None else self.store / own.name
 
     @property
     def rows(self) -> int:

@@ -14,7 +14,7 @@ import anyio
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse
 
-from manyhats.adapters.store import Staging
+from manyhats.adapters.staging import Staging
 from manyhats.api.administration import Operator, adapters, blocking, cause, evaluations, measuring
 from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,6 +43,7 @@ class ApiState:
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
     evaluations: EvaluationService | None = None
+    store_reachable: Callable[[], bool] = lambda: True
 
 
 def api_state(request: Request) -> ApiState:

@@ -36,6 +36,9 @@ manyhats_tenant_output_tokens_total   counter    tenant                 tokens g
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
 manyhats_evaluation                   gauge      adapter, measure       its last evaluation
 manyhats_evaluation_passed            gauge      adapter                ... 1 where it passed
+manyhats_store_reachable              gauge                             1: the registry's store
+manyhats_gc_versions_total            counter                           retired ones collected
+manyhats_gc_bytes_total               counter                           bytes collected
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
@@ -132,11 +135,21 @@ class Metrics:
         self._declare_engine()
         self._declare_tenants()
         self._declare_evaluations()
+        self._declare_store()
         self.registry.register(self._snapshot)
 
     def watch(self, stats: Callable[[], StatsView]) -> None:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
+
+    def watch_store(self, reachable: Callable[[], bool]) -> None:
+        """From now on every scrape asks whether the registry's store answers."""
+        self._store.set_function(lambda: float(reachable()))
+
+    def collected(self, versions: int, nbytes: int) -> None:
+        """So much was removed that had had its time."""
+        self._collected_versions.inc(versions)
+        self._collected_bytes.inc(nbytes)
 
     def kernels(self, backend: str) -> None:
         """The engine computes with the kernels of this name. Said once, when it is built."""
@@ -309,6 +322,18 @@ class Metrics:
         self._refusals = self._counter(
             "quota_refusals", "Requests refused for a quota.", ("tenant", "quota")
         )
+
+    def _declare_store(self) -> None:
+        self._store = Gauge(
+            "manyhats_store_reachable",
+            "1 while the registry's store answers.",
+            registry=self.registry,
+        )
+        self._store.set(1)
+        self._collected_versions = self._counter(
+            "gc_versions", "Retired versions that were collected.", ()
+        )
+        self._collected_bytes = self._counter("gc_bytes", "Bytes of adapters collected.", ())
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(f"manyhats_{name}", text, labels, registry=self.registry)
