@@ -91,6 +91,19 @@ def test_a_schedule(run, served):
     assert run("canary", "pirate", "--percent", "0") == "pirate: stable 2\n"
 
 
+def test_a_version_may_be_named_with_its_name(run, served):
+    registered(run, served[1], versions=3)
+    assert run("promote", "pirate@1") == "pirate: stable 1\n"
+    assert run("promote", "pirate@2", 2) == "pirate: stable 2\n"
+    assert run("canary", "pirate@1", "--percent", "5") == "pirate: stable 2, canary 1 (5 %)\n"
+    assert run("rollback", "pirate@3") == "pirate: stable 3\n"
+    assert run("retire", "pirate@1") == "pirate@1 is retired\n"
+    assert run("retire", "pirate@1", "--undo") == "pirate@1 is ready\n"
+    assert "pirate@1 and 2: name one version" in run("promote", "pirate@1", 2, code=1)
+    assert "pirate@1 and baseline: name one" in run("rollback", "pirate@1", "baseline", code=1)
+    assert "which version of pirate?" in run("retire", "pirate", code=1)
+
+
 def test_an_upload(run, served, tmp_path):
     folder = write_adapter(tmp_path / "elsewhere", 3)
     assert "path_not_allowed" in run("register", "up", folder, code=1)

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from manyhats.commands import routing
 from manyhats.commands.client import Client, adapter_path, add_row, fail, remote
+from manyhats.commands.routing import Name, Reason, route_words
 from manyhats.lifecycle.audit import broken_link
 
 app = typer.Typer(
@@ -19,10 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.add_typer(routing.app)
 
-Name = Annotated[str, typer.Argument(metavar="NAME")]
-MaybeVersion = Annotated[int | None, typer.Argument(min=1, metavar="[VERSION]")]
-Reason = Annotated[str, typer.Option(metavar="<text>", help="Why; kept in the audit log.")]
 
 _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
@@ -118,92 +118,10 @@ def show(client: Client, name: Name) -> None:
                 version["source"],
                 version["revision"],
             )
-        made.title = f"{answer['name']}: {_route(answer['route'])}"
+        made.title = f"{answer['name']}: {route_words(answer['route'])}"
         return made
 
     client.show(answer, table)
-
-
-@app.command("promote")
-@remote
-def promote(client: Client, name: Name, version: MaybeVersion = None, reason: Reason = "") -> None:
-    """Make VERSION (default: the canary) the stable one. A canary ends."""
-    _changed(client, client.change(name, "promote", {"version": version, "reason": reason}))
-
-
-@app.command("canary")
-@remote
-def canary(
-    client: Client,
-    name: Name,
-    version: MaybeVersion = None,
-    *,
-    percent: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Share of the callers; 0 ends the canary.")
-    ] = None,
-    steps: Annotated[
-        str, typer.Option(metavar="<list>", help="Shares of a schedule, in percent.")
-    ] = "5,25,50,100",
-    every: Annotated[
-        float | None,
-        typer.Option(metavar="<seconds>", help="Start a schedule; each step lasts so long."),
-    ] = None,
-    hold: Annotated[bool, typer.Option("--hold", help="Hold the schedule where it is.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Let it go on.")] = False,
-    reason: Reason = "",
-) -> None:
-    """Give VERSION (default: the canary there is) a share of the callers.
-
-    One of --percent, --every, --hold and --resume.
-    """
-    if sum([percent is not None, every is not None, hold, resume]) != 1:
-        fail("give one of --percent, --every, --hold and --resume")
-    if hold or resume:
-        action = "canary/hold" if hold else "canary/resume"
-        _changed(client, client.change(name, action, {"reason": reason}))
-        return
-    schedule = None
-    if every is not None:
-        try:
-            schedule = {"steps": [float(step) for step in steps.split(",")], "step_s": every}
-        except ValueError:
-            fail(f"--steps {steps}: percentages with commas between them")
-    body = {"version": version, "percent": percent, "schedule": schedule, "reason": reason}
-    _changed(client, client.change(name, "canary", body))
-
-
-@app.command("rollback")
-@remote
-def rollback(
-    client: Client,
-    name: Name,
-    to: Annotated[
-        str, typer.Argument(metavar="[TO]", help="previous, baseline or a version.")
-    ] = "previous",
-    reason: Reason = "",
-) -> None:
-    """Go back: end the canary, or bring back what was stable before; or go to a version.
-
-    With 'baseline' the base itself answers the requests for NAME.
-    """
-    body = {"to": int(to) if to.isascii() and to.isdigit() else to, "reason": reason}
-    _changed(client, client.change(name, "rollback", body))
-
-
-@app.command("retire")
-@remote
-def retire(
-    client: Client,
-    name: Name,
-    version: Annotated[int, typer.Argument(min=1, metavar="VERSION")],
-    *,
-    undo: Annotated[bool, typer.Option("--undo", help="Bring it back.")] = False,
-    reason: Reason = "",
-) -> None:
-    """Take a version that nothing is routed to out of use."""
-    body = {"version": version, "retired": not undo, "reason": reason}
-    answer = client.change(name, "retire", body)
-    client.show(answer, lambda: f"{name}@{version} is {'ready' if undo else 'retired'}")
 
 
 @app.command("delete")
@@ -247,31 +165,13 @@ def audit(
     def table() -> Table:
         made = Table("entry", "when", "who", "what", "adapter", "after", "why")
         for e in entries:
-            after = _route(e["after"]) if "stable" in e["after"] else ""
+            after = route_words(e["after"]) if "stable" in e["after"] else ""
             add_row(
                 made, str(e["seq"]), e["at"], e["actor"], e["action"], e["name"], after, e["reason"]
             )
         return made
 
     client.show(entries, table)
-
-
-def _changed(client: Client, answer: Mapping[str, Any]) -> None:
-    client.show(answer, lambda: f"{answer['name']}: {_route(answer['route'])}")
-
-
-def _route(route: Mapping[str, Any]) -> str:
-    canary = route["canary"]
-    words = f"stable {route['stable']}"
-    if canary is None:
-        return words
-    words += f", canary {canary['version']} ({canary['percent']:g} %)"
-    schedule = canary["schedule"]
-    if schedule is None:
-        return words
-    if schedule["held"]:
-        return f"{words}, held: {schedule['held']}"
-    return f"{words}, step {schedule['step'] + 1} of {len(schedule['steps'])}"
 
 
 def _routed(route: Mapping[str, Any], version: int) -> str:
