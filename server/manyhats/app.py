@@ -24,8 +24,11 @@ from manyhats.adapters.derived import DerivedFile
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
+from manyhats.adapters.sources.address import AllowList
+from manyhats.adapters.sources.fetch import Fetcher
 from manyhats.adapters.store import AdapterStore
 from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import operations as operations_api
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -39,6 +42,8 @@ from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.loading import load_adapter
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
@@ -101,6 +106,18 @@ def build(settings: Settings) -> Application:
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
+    pins = Pins(
+        registry, adapters.entry, engine.residency or NoAdapters(), bound=settings.slots - 1
+    )
+    pins.sync()
+    operations = Operations(
+        adapters,
+        Fetcher(
+            AllowList(settings.source_allow), settings.max_adapter_mb << 20, settings.hub_endpoint
+        ),
+        folder / "partial",
+        workers=settings.source_workers,
+    )
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -109,11 +126,13 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        operations=operations,
+        pins=pins,
     )
-    modules = (admin, rollouts, sharing, tenants, usage)
+    modules = (admin, operations_api, rollouts, sharing, tenants, usage)
     lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
     api = create_api(state, [module.router for module in modules], lifespan)
-    closing = (registry.close, store.close, tenancy.close)
+    closing = (operations.close, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
 
 

@@ -114,7 +114,9 @@ class GenerationRequest:
     """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
 
     ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare
-    base. ``arrival`` is in seconds of the monotonic clock.
+    base. ``arrival`` is in seconds of the monotonic clock, and so is ``deadline``, at which the
+    request ends with an error unless it is done; None: never. ``urgency`` orders a tenant's own
+    waiting requests, the highest first.
     """
 
     request_id: str
@@ -123,6 +125,8 @@ class GenerationRequest:
     params: tuple[SamplingParams, ...]
     adapter: AdapterRef | None
     arrival: float
+    deadline: float | None = None
+    urgency: int = 0
 
 
 class FinishReason(enum.Enum):
@@ -180,12 +184,12 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a placeholder for each of
-    the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
-    loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
-    admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
-    cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
-    cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
+    ``params``, ``adapter``, ``arrival``, ``deadline``, ``urgency``, ``prompt_len``, ``token_ids``
+    (a placeholder for each of the adapter's virtual tokens, then a copy of the prompt, both counted
+    by ``prompt_len``; the loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the
+    adapter's slot while admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and
+    values are in the cache once the scheduled step has run), ``num_cached`` (of the prompt, served
+    by the prefix cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
     blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``first_token_at``,
     ``last_token_at`` (seconds, monotonic).
     """
@@ -208,6 +212,8 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
+    deadline: float | None = None
+    urgency: int = 0
 
     @property
     def output_len(self) -> int:

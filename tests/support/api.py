@@ -18,6 +18,8 @@ from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
@@ -43,6 +45,9 @@ class Api:
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    operations: Operations | None = None
+    pins: Pins | None = None
+
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
             ApiState(
@@ -52,6 +57,8 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                operations=self.operations,
+                pins=self.pins,
             ),
             self.routers,
         )

@@ -105,9 +105,10 @@ class LocalEngine:
         *choices: SamplingParams,
         adapter: str | AdapterRef | None = None,
         tenant: str = DEFAULT_TENANT,
+        timeout_s: float | None = None,
     ) -> str:
         self._ids += 1
-        request_id = f"r{self._ids}"
+        request_id, now = f"r{self._ids}", time.monotonic()
         self._outputs[request_id] = [Output() for _ in choices]
         self.engine.loop.submit(
             GenerationRequest(
@@ -116,7 +117,8 @@ class LocalEngine:
                 tuple(prompt),
                 tuple(choices),
                 self.ref(adapter) if isinstance(adapter, str) else adapter,
-                time.monotonic(),
+                now,
+                deadline=None if timeout_s is None else now + timeout_s,
             )
         )
         return request_id

@@ -56,7 +56,9 @@ class ResponseFormat(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """What completions and chat completions share. ``adapter``: several adapters worn as one."""
+    """What completions and chat completions share. ``adapter``: several adapters worn as one;
+    ``priority``: the highest first among the tenant's own waiting requests.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     adapter: CompositionField = None
@@ -77,6 +79,7 @@ class SamplingFields(StrictModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int | None, Field(ge=-100, le=100)] = None
 
     user: str | None = None
     safety_identifier: str | None = None

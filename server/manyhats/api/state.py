@@ -10,6 +10,8 @@ from fastapi import Request
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -30,7 +32,10 @@ class GrammarValidator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ApiState:
-    """Everything that the routes use. Set once by the composition root, never changed."""
+    """Everything that the routes use. Set once by the composition root, never changed.
+
+    ``operations`` None: nothing is registered from elsewhere; ``pins`` None: nothing is pinned.
+    """
 
     settings: Settings
     engine: EngineClient
@@ -40,6 +45,8 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    operations: Operations | None = None
+    pins: Pins | None = None
 
 
 def api_state(request: Request) -> ApiState:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from manyhats.commands import routing
+from manyhats.commands import fetching, routing
 from manyhats.commands.client import Client, adapter_path, add_row, fail, remote
+from manyhats.commands.fetching import register_from, show_registered
 from manyhats.commands.routing import Name, Reason, route_words
 from manyhats.lifecycle.audit import broken_link
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(routing.app)
+app.add_typer(fetching.app)
 
 
 _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
@@ -32,7 +34,7 @@ _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors
 def register(
     client: Client,
     name: Name,
-    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="What PEFT saved.")],
+    path: Annotated[str, typer.Argument(metavar="FOLDER_OR_ADDRESS", help="What PEFT saved.")],
     *,
     upload: Annotated[
         bool, typer.Option("--upload", help="Send the files; FOLDER is on this machine.")
@@ -47,31 +49,43 @@ def register(
     ] = None,
     reason: Reason = "",
     source: Annotated[str | None, typer.Option(metavar="<text>", help="Where it is from.")] = None,
-    revision: Annotated[str, typer.Option(metavar="<text>", help="Of that source.")] = "",
+    revision: Annotated[
+        str, typer.Option(metavar="<text>", help="Of that source; the commit of a hub's.")
+    ] = "",
+    sha256: Annotated[
+        str | None, typer.Option(metavar="<hex>", help="What the weights at an address must be.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="For what the server fetches to be there.")
+    ] = True,
 ) -> None:
     """Register a version of NAME.
 
-    Without --upload, FOLDER is a folder on the server, below one of its adapter roots.
+    Without --upload, a folder is one on the server, below one of its adapter roots. An address
+    (hf://org/name with --revision, https://..., s3://..., gs://...) is fetched by the server, which
+    must allow it (--source-allow).
     """
     said: dict[str, Any] = {
         "name": name, "promote": promote, "reason": reason, "source": source, "revision": revision,
     }  # fmt: skip
     said = {key: value for key, value in said.items() if value is not None}
+    if "://" in path:
+        register_from(client, said, path, sha256, wait=wait)
+        return
     if not upload:
-        card = client.call("POST", "/admin/adapters", json={**said, "path": str(path)})
+        card = client.call("POST", "/admin/adapters", json={**said, "path": path})
     else:
         parts = {key: str(v).lower() if v in (True, False) else v for key, v in said.items()}
         with ExitStack() as stack:
             try:
                 files = {
-                    part: stack.enter_context((path / file).open("rb"))
+                    part: stack.enter_context((Path(path) / file).open("rb"))
                     for part, file in _FILES.items()
                 }
             except OSError as error:
                 fail(f"{path} cannot be read: {error.strerror}: {error.filename}")
             card = client.call("POST", "/admin/adapters", data=parts, files=files)
-    stable = "the stable version" if card["stable"] else "not the stable version"
-    client.show(card, lambda: f"{card['name']}@{card['version']} is registered, {stable}")
+    show_registered(client, card)
 
 
 @app.command("list")
@@ -92,7 +106,7 @@ def list_adapters(client: Client) -> None:
                 str(card["max_rank"]),
                 str(card["nbytes"]),
                 _moment(card["created"]),
-                "" if resident is None else f"slot {resident['slot']}",
+                _place(resident),
             )
         return made
 
@@ -174,11 +188,19 @@ def audit(
     client.show(entries, table)
 
 
+def _place(resident: Mapping[str, Any] | None) -> str:
+    if resident is None:
+        return ""
+    return f"slot {resident['slot']}{', pinned' if resident['pinned'] else ''}"
+
+
 def _routed(route: Mapping[str, Any], version: int) -> str:
-    if route["stable"] == version:
-        return "stable"
-    canary = route["canary"]
-    return f"canary, {canary['percent']:g} %" if canary and canary["version"] == version else ""
+    words = ["stable"] if route["stable"] == version else []
+    for kind in ("canary", "shadow"):
+        part = route.get(kind)
+        if part and part["version"] == version:
+            words.append(f"{kind}, {part['percent']:g} %")
+    return "; ".join(words + ["pinned"] * (version in route.get("pinned", ())))
 
 
 def _moment(seconds: int) -> str:

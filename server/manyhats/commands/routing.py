@@ -104,6 +104,45 @@ def rollback(
     _changed(client, client.change(name, "rollback", body))
 
 
+@app.command("shadow")
+@remote
+def shadow(
+    client: Client,
+    name: Versioned,
+    version: MaybeVersion = None,
+    *,
+    percent: Annotated[
+        float, typer.Option(min=0, max=100, help="Share of the requests; 0 ends the shadow.")
+    ],
+    reason: Reason = "",
+) -> None:
+    """Run VERSION (default: the shadow there is) unseen beside what answers.
+
+    What it would have answered is measured (/metrics), not returned.
+    """
+    name, version = named(name, version)
+    body = {"version": version, "percent": percent, "reason": reason}
+    _changed(client, client.change(name, "shadow", body))
+
+
+@app.command("pin")
+@remote
+def pin(client: Client, name: Versioned, version: MaybeVersion = None, reason: Reason = "") -> None:
+    """Keep VERSION (default: the stable one) on the device, now and after a restart."""
+    name, version = named(name, version)
+    _changed(client, client.change(name, "pin", {"version": version, "reason": reason}))
+
+
+@app.command("unpin")
+@remote
+def unpin(
+    client: Client, name: Versioned, version: MaybeVersion = None, reason: Reason = ""
+) -> None:
+    """Let VERSION (default: the stable one) leave the device again."""
+    name, version = named(name, version)
+    _changed(client, client.change(name, "unpin", {"version": version, "reason": reason}))
+
+
 @app.command("retire")
 @remote
 def retire(
@@ -129,14 +168,21 @@ def _changed(client: Client, answer: Mapping[str, Any]) -> None:
 
 def route_words(route: Mapping[str, Any]) -> str:
     """A route as the server shows it, in words."""
-    canary = route["canary"]
     words = f"stable {route['stable']}"
-    if canary is None:
-        return words
-    words += f", canary {canary['version']} ({canary['percent']:g} %)"
+    canary, shadow = route["canary"], route.get("shadow")
+    if canary is not None:
+        words += f", canary {canary['version']} ({canary['percent']:g} %){_step(canary)}"
+    if shadow is not None:
+        words += f", shadow {shadow['version']} ({shadow['percent']:g} %)"
+    if pinned := route.get("pinned"):
+        words += f", pinned {', '.join(map(str, pinned))}"
+    return words
+
+
+def _step(canary: Mapping[str, Any]) -> str:
     schedule = canary["schedule"]
     if schedule is None:
-        return words
+        return ""
     if schedule["held"]:
-        return f"{words}, held: {schedule['held']}"
-    return f"{words}, step {schedule['step'] + 1} of {len(schedule['steps'])}"
+        return f", held: {schedule['held']}"
+    return f", step {schedule['step'] + 1} of {len(schedule['steps'])}"
