@@ -163,7 +163,10 @@ async def shadow(request: Request, caller: Operator, name: str) -> dict[str, Any
 
 @router.post("/admin/adapters/{name}/pin", openapi_extra=request_body(PinRequest))
 async def pin(request: Request, caller: Operator, name: str) -> dict[str, Any]:
-    """Keep a version on the device, now and after a restart. At most all slots but one are pinned."""
+    """Keep a version on the device, now and after a restart.
+
+    All slots but one may be pinned.
+    """
     body = await read_body(request, PinRequest)
     why = cause(caller, body.reason)
     return await _routed(name, partial(_pins(request).pin, name, caller.tenant, why, body.version))
