@@ -31,6 +31,7 @@ from manyhats.api import admin, rollouts, sharing, tenants, usage
 from manyhats.api import operations as operations_api
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
+from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.banner import announce
 from manyhats.config import Settings
@@ -47,6 +48,7 @@ from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
+from manyhats.lifecycle.shadows import ShadowDirectory
 from manyhats.metrics import Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
 from manyhats.tenancy.build import Tenancy, open_tenancy
@@ -110,6 +112,7 @@ def build(settings: Settings) -> Application:
         registry, adapters.entry, engine.residency or NoAdapters(), bound=settings.slots - 1
     )
     pins.sync()
+    shadows = Shadows(ShadowDirectory(registry), engine.client, metrics.shadow)
     operations = Operations(
         adapters,
         Fetcher(
@@ -128,9 +131,12 @@ def build(settings: Settings) -> Application:
         limiter=tenancy.limiter,
         operations=operations,
         pins=pins,
+        shadows=shadows,
     )
     modules = (admin, operations_api, rollouts, sharing, tenants, usage)
-    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    lifespan = partial(
+        _lifespan, engine=engine, adapters=adapters, tenancy=tenancy, shadows=shadows
+    )
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (operations.close, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
@@ -226,7 +232,7 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy, shadows: Shadows
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
@@ -237,6 +243,7 @@ async def _lifespan(
             async with scheduled(adapters.rollouts):
                 yield
     finally:
+        await shadows.close()
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
         await tenancy.limiter.close()

@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI
 from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 
 from manyhats.api.factory import create_api
+from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.lifecycle.operations import Operations
@@ -47,6 +48,7 @@ class Api:
 
     operations: Operations | None = None
     pins: Pins | None = None
+    shadows: Shadows | None = None
 
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
@@ -59,6 +61,7 @@ class Api:
                 self.tenants,
                 operations=self.operations,
                 pins=self.pins,
+                shadows=self.shadows,
             ),
             self.routers,
         )

@@ -86,7 +86,10 @@ async def create_chat_completion(request: Request, caller: Caller) -> Response:
 
 
 async def _answer(request: Request, job: Job, *, stream: bool, chat: bool) -> Response:
-    deltas = metered(api_state(request), job)
+    state = api_state(request)
+    deltas = metered(state, job)
+    if state.shadows is not None:
+        deltas = state.shadows.beside(job, deltas)
     labels: TokenLabels = request.app.state.manyhats_labels
     headers = {SERVED_BY: job.served_by}
     if stream:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from fastapi import Request
 
+from manyhats.api.shadows import Shadows
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
@@ -34,7 +35,8 @@ class GrammarValidator(Protocol):
 class ApiState:
     """Everything that the routes use. Set once by the composition root, never changed.
 
-    ``operations`` None: nothing is registered from elsewhere; ``pins`` None: nothing is pinned.
+    ``operations`` None: nothing is registered from elsewhere; ``pins`` None: nothing is
+    pinned; ``shadows`` None: none run.
     """
 
     settings: Settings
@@ -47,6 +49,7 @@ class ApiState:
     usage: UsageLedger = field(default_factory=UsageLedger)
     operations: Operations | None = None
     pins: Pins | None = None
+    shadows: Shadows | None = None
 
 
 def api_state(request: Request) -> ApiState:

@@ -109,7 +109,8 @@ class Route:
                 "held": schedule.held,
             }
         previous = None if self.previous is None else _shown(self.previous)
-        shown = {"stable": _shown(self.stable), "previous": previous, "canary": canary}
+        stable = _shown(self.stable)
+        shown: dict[str, Any] = {"stable": stable, "previous": previous, "canary": canary}
         if self.shadow is not None:
             shown["shadow"] = {"version": self.shadow.version, "percent": self.shadow.percent}
         if self.pinned:

@@ -33,6 +33,7 @@ manyhats_tenant_requests_total        counter    tenant                 requests
 manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
+manyhats_shadow_...                                                     see ``metrics.shadow``
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
@@ -74,6 +75,7 @@ from prometheus_client import (
 )
 
 from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.shadow import ShadowMetrics
 from manyhats.metrics.snapshot import SnapshotCollector, StatsView
 from manyhats.types import FinishReason
 
@@ -123,6 +125,7 @@ class Metrics:
         self._cap = LabelCap(max_adapter_labels)
         self._tenants = LabelCap(max_tenant_labels)
         self._series: dict[str, _AdapterSeries] = {}
+        self.shadow = ShadowMetrics(self.registry, self._cap)
         self._snapshot = SnapshotCollector(self._cap, clock)
         self._declare_requests()
         self._declare_engine()

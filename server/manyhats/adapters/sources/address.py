@@ -111,10 +111,8 @@ def split_url(url: str, *, query: bool = False) -> Url:
         raise _bad(f"url {url[:140]!r}: one of {', '.join(schemes)}, and a host or a bucket")
     if "@" in parts.netloc or parts.fragment or (parts.query and not query):
         raise _bad(f"url {url[:140]!r}: no user, query or fragment")
-    if not _PLAIN_PATH.fullmatch(parts.path) or ".." in parts.path.split("/"):
-        raise _bad(
-            f"url {url[:140]!r}: its path has a character outside A-Z a-z 0-9 . _ ~ / + = @ , -"
-        )
+    if not _PLAIN_PATH.fullmatch(parts.path) or {".", ".."} & set(parts.path.split("/")):
+        raise _bad(f"url {url[:140]!r}: a path of A-Z a-z 0-9 . _ ~ / + = @ , - without . and ..")
     return Url(scheme, host, port or _PORTS.get(scheme, 0), parts.path)
 
 
