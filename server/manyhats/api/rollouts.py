@@ -16,7 +16,7 @@ from pydantic import Field
 from manyhats.api.administration import Operator, adapters, blocking, cause
 from manyhats.api.auth import require_admin, require_operator
 from manyhats.api.body import read_body
-from manyhats.api.schemas import StrictModel, request_body
+from manyhats.api.schemas import StrictModel, examples, request_body
 from manyhats.api.state import api_state
 from manyhats.errors import RequestError, ServiceError
 from manyhats.lifecycle.audit import MAX_REASON
@@ -38,6 +38,8 @@ class Reasoned(StrictModel):
 class PromoteRequest(Reasoned):
     """Body of ``promote``. Without ``version`` it is the canary that becomes the stable one."""
 
+    model_config = examples({"version": 3, "reason": "it rhymes better"})
+
     version: Version | None = None
 
 
@@ -56,6 +58,11 @@ class CanaryRequest(Reasoned):
     Without ``version``: the canary that there is.
     """
 
+    model_config = examples(
+        {"version": 3, "percent": 5, "reason": "a first look"},
+        {"version": 3, "schedule": {"steps": [5, 25, 50, 100], "step_s": 3600}},
+    )
+
     version: Version | None = None
     percent: Annotated[float | None, Field(ge=0, le=100)] = None
     schedule: ScheduleFields | None = None
@@ -66,6 +73,10 @@ class RollbackRequest(Reasoned):
     before.
     """
 
+    model_config = examples(
+        {"to": "previous", "reason": "it has stopped rhyming"}, {"to": "baseline"}, {"to": 2}
+    )
+
     to: Literal["previous", "baseline"] | Version = "previous"
 
 
@@ -74,6 +85,8 @@ class ShadowRequest(Reasoned):
     that there is.
     """
 
+    model_config = examples({"version": 3, "percent": 10, "reason": "see whether it agrees"})
+
     version: Version | None = None
     percent: Annotated[float, Field(ge=0, le=100)]
 
@@ -81,11 +94,15 @@ class ShadowRequest(Reasoned):
 class PinRequest(Reasoned):
     """Body of ``pin`` and ``unpin``. Without ``version``: the stable one."""
 
+    model_config = examples({"version": 3, "reason": "asked for all day"})
+
     version: Version | None = None
 
 
 class RetireRequest(Reasoned):
     """Body of ``retire``; ``retired`` false brings the version back."""
+
+    model_config = examples({"version": 1, "reason": "superseded"})
 
     version: Version
     retired: bool = True

@@ -139,6 +139,11 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: Annotated[Any, only(why=_TEMPLATE)] = None
 
 
+def examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """``model_config`` of a model that ``/docs`` shows these bodies of."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 def request_body(model: type[BaseModel]) -> dict[str, Any]:
     """``openapi_extra`` of a route whose body is ``model``: the schema in one piece."""
     schema = model.model_json_schema()
