@@ -26,9 +26,9 @@ STORE_SCHEMES: Final = ("s3", "gs", "gcs")
 
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PLAIN_PATH = re.compile(
-    r"[A-Za-z0-9._~/+=@,-]*"
-)  # nothing encoded: what is compared is what is sent
+_PRINTABLE = re.compile(r"[!-~]+")
+# Nothing encoded: what is compared is what is sent.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9._~/+=@,-]*")
 _PORTS: Final = {"https": 443, "http": 80}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -99,6 +99,8 @@ def split_url(url: str, *, query: bool = False) -> Url:
     relative path, or another scheme than those named above.
     """
     schemes = (*WEB_SCHEMES, *STORE_SCHEMES)
+    if not _PRINTABLE.fullmatch(url):  # the parser would take line ends and tabs out in silence
+        raise _bad(f"url {url[:140]!r}: printable ASCII, no spaces")
     try:
         parts = urlsplit(url)
         port = parts.port
