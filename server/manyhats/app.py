@@ -74,6 +74,7 @@ class Application:
 def build(settings: Settings) -> Application:
     """Loads the base and wires the server. Raises ConfigError where a setting cannot work here."""
     check_exposure(settings)
+    AllowList(settings.source_allow)  # a bad entry is told before the base is loaded
     settings.home.mkdir(parents=True, exist_ok=True)
     kernels = resolve_kernels(
         settings.kernels, device=resolve_device(settings.device), home=settings.home
@@ -108,19 +109,8 @@ def build(settings: Settings) -> Application:
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
-    pins = Pins(
-        registry, adapters.entry, engine.residency or NoAdapters(), bound=settings.slots - 1
-    )
-    pins.sync()
     shadows = Shadows(ShadowDirectory(registry), engine.client, metrics.shadow)
-    operations = Operations(
-        adapters,
-        Fetcher(
-            AllowList(settings.source_allow), settings.max_adapter_mb << 20, settings.hub_endpoint
-        ),
-        folder / "partial",
-        workers=settings.source_workers,
-    )
+    operations = _operations(settings, adapters, folder / "partial")
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -130,7 +120,7 @@ def build(settings: Settings) -> Application:
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
         operations=operations,
-        pins=pins,
+        pins=_pins(settings, registry, adapters, engine),
         shadows=shadows,
     )
     modules = (admin, operations_api, rollouts, sharing, tenants, usage)
@@ -140,6 +130,21 @@ def build(settings: Settings) -> Application:
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (operations.close, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
+
+
+def _operations(settings: Settings, adapters: AdapterService, folder: Path) -> Operations:
+    """Registrations from where ``source_allow`` says; ``folder`` keeps what broke off."""
+    allow, bound = AllowList(settings.source_allow), settings.max_adapter_mb << 20
+    fetcher = Fetcher(allow, bound, settings.hub_endpoint)
+    return Operations(adapters, fetcher, folder, workers=settings.source_workers)
+
+
+def _pins(settings: Settings, registry: Registry, adapters: AdapterService, engine: Engine) -> Pins:
+    """The pins, those of the registry told to the device."""
+    device = engine.residency or NoAdapters()
+    pins = Pins(registry, adapters.entry, device, bound=settings.slots - 1)
+    pins.sync()
+    return pins
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
