@@ -31,11 +31,11 @@ class Fixed:
         return self._ref
 
 
-@pytest.mark.parametrize("shadow", ["same", "other"])
+@pytest.mark.parametrize("shadow", ["same", "second"])
 def test_what_is_measured_is_what_the_shadow_says(tmp_path, shadow):
     base = base_of(copy.deepcopy(tiny_model("llama")), tiny_tokenizer())
     known = {"live": random_adapter("everything", base.spec)}
-    known["other"] = random_adapter("soft prompt", base.spec)
+    known["second"] = random_adapter("soft prompt", base.spec)
     known["same"] = known["live"]
     metrics = Metrics(10)
     with LocalEngine(base, tmp_path, known) as engine:

@@ -93,15 +93,7 @@ def build_engine(
     loop = EngineLoop(
         scheduler=scheduler,
         runner=_runner(settings, base, kernels, pool, state, blocks.num_blocks),
-        postprocessor=Postprocessor(
-            sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
-            tokenizer=base.tokenizer.backend,
-            grammars=grammars,
-            scheduler=scheduler,
-            observer=observer,
-            eos_token_ids=base.eos_token_ids,
-            context_len=base.context_len,
-        ),
+        postprocessor=_postprocessor(base, grammars, scheduler, observer),
         residency=residency,
         observer=observer,
         deliver=deliver or postbox.deliver,
@@ -119,6 +111,20 @@ def build_engine(
         max_compared_tokens=(settings.compare_mb << 20) // (base.vocab_size * base.dtype.itemsize),
     )
     return Engine(base, loop, client, residency, grammars, kernels)
+
+
+def _postprocessor(
+    base: BaseModel, grammars: Grammars, scheduler: Scheduler, observer: EngineObserver
+) -> Postprocessor:
+    return Postprocessor(
+        sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
+        tokenizer=base.tokenizer.backend,
+        grammars=grammars,
+        scheduler=scheduler,
+        observer=observer,
+        eos_token_ids=base.eos_token_ids,
+        context_len=base.context_len,
+    )
 
 
 def _scheduler(
