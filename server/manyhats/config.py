@@ -151,6 +151,16 @@ class Settings(BaseSettings):
         description="Register every adapter folder found directly under the adapter roots at "
         "start-up.",
     )
+    source_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Prefixes that adapters may be fetched from (https://host/path/, s3://bucket/, "
+        "hf://org/), and networks that their names may lead to (10.0.0.0/8); comma-separated in "
+        "the environment. Default: none.",
+    )
+    source_workers: int = Field(default=2, ge=1, le=64, description="Fetches of adapters at once.")
+    hub_endpoint: str | None = Field(
+        default=None, description="Address of the hub; default the hub library's (HF_ENDPOINT)."
+    )
 
     slots: int = Field(
         default=32, ge=1, le=4096, description="Adapters resident on the device at once."
@@ -209,6 +219,15 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(
         default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
     )
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that a request may take which names none (x-manyhats-timeout); "
+        "default: any.",
+    )
+    max_timeout_s: float = Field(
+        default=86_400.0, gt=0, description="Bound of x-manyhats-timeout, seconds."
+    )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
     max_background: int = Field(
         default=64,
@@ -261,7 +280,7 @@ class Settings(BaseSettings):
     def _expand(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().resolve()
 
-    @field_validator("admin_api_keys", "api_keys", mode="before")
+    @field_validator("admin_api_keys", "api_keys", "source_allow", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return tuple(v for v in value.split(",") if v) if isinstance(value, str) else value

@@ -123,8 +123,10 @@ class GenerationRequest:
     """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
 
     ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare
-    base. ``arrival`` is in seconds of the monotonic clock. Where ``prompt_logprobs`` asks for
-    scores, it is the prompt's tokens from the index ``scores_from`` on (at least 1) that get them.
+    base. ``arrival`` is in seconds of the monotonic clock, and so is ``deadline``, at which the
+    request ends with an error unless it is done; None: never. ``urgency`` orders a tenant's own
+    waiting requests, the highest first. Where ``prompt_logprobs`` asks for scores, it is the
+    prompt's tokens from the index ``scores_from`` on (at least 1) that get them.
     """
 
     request_id: str
@@ -135,6 +137,8 @@ class GenerationRequest:
     arrival: float
     priority: Priority = Priority.NORMAL
     scores_from: int = 1
+    deadline: float | None = None
+    urgency: int = 0
 
 
 class FinishReason(enum.Enum):
@@ -192,9 +196,9 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``priority``, ``scores_from`` (an index into the prompt's
-    own tokens), ``prompt_len``, ``token_ids`` (a placeholder for each of
-    the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
+    ``params``, ``adapter``, ``arrival``, ``priority``, ``deadline``, ``urgency``, ``scores_from``
+    (an index into the prompt's own tokens), ``prompt_len``, ``token_ids`` (a placeholder for each
+    of the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
     loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
     admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
     cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
@@ -223,6 +227,8 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
+    deadline: float | None = None
+    urgency: int = 0
 
     @property
     def output_len(self) -> int:

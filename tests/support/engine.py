@@ -107,9 +107,10 @@ class LocalEngine:
         adapter: str | AdapterRef | None = None,
         tenant: str = DEFAULT_TENANT,
         priority: Priority = Priority.NORMAL,
+        timeout_s: float | None = None,
     ) -> str:
         self._ids += 1
-        request_id = f"r{self._ids}"
+        request_id, now = f"r{self._ids}", time.monotonic()
         self._outputs[request_id] = [Output() for _ in choices]
         self.engine.loop.submit(
             GenerationRequest(
@@ -118,8 +119,9 @@ class LocalEngine:
                 tuple(prompt),
                 tuple(choices),
                 self.ref(adapter) if isinstance(adapter, str) else adapter,
-                time.monotonic(),
+                now,
                 priority,
+                deadline=None if timeout_s is None else now + timeout_s,
             )
         )
         return request_id

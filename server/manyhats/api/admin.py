@@ -12,12 +12,15 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Path, Query, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
+from manyhats.adapters.sources.address import Source
 from manyhats.adapters.staging import Staging
 from manyhats.api.administration import Operator, adapters, blocking, cause, evaluations, measuring
 from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body
+from manyhats.api.holders import refuse_held
+from manyhats.api.operations import result, running_operations
 from manyhats.api.registration import RegisterRequest, described
 from manyhats.api.schemas import StrictModel, request_body
 from manyhats.api.state import api_state
@@ -27,7 +30,7 @@ from manyhats.errors import ContentTypeError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.audit import MAX_REASON
 from manyhats.lifecycle.compositions import shown
 from manyhats.lifecycle.directory import AdapterCard
-from manyhats.lifecycle.records import AdapterRecord, Registration
+from manyhats.lifecycle.records import AdapterRecord, Registration, split_version
 from manyhats.lifecycle.service import AdapterService
 
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
@@ -54,17 +57,27 @@ class UnloadLoraRequest(StrictModel):
     lora_int_id: int | None = None
 
 
-@router.post("/admin/adapters", status_code=201, openapi_extra=request_body(RegisterRequest))
-async def register(request: Request, caller: Operator) -> dict[str, Any]:
+@router.post(
+    "/admin/adapters",
+    status_code=201,
+    response_model=None,
+    openapi_extra=request_body(RegisterRequest),
+    responses={202: {"description": "It is being fetched: an operation to watch"}},
+)
+async def register(
+    request: Request, caller: Operator, wait: Annotated[bool, Query()] = False
+) -> dict[str, Any] | JSONResponse:
     """Register an adapter; the answer describes the version.
 
-    As JSON (``name``, ``path`` or ``composition``), or as multipart/form-data with the parts
-    ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors); either
-    with ``promote``, ``reason``, ``source``, ``revision`` and ``metadata``, an upload with
-    ``evaluation`` (the adapter's pairs of prompt and completion, JSONL) as well. The same
-    content again is the version that is there already, and changes no route. A new version becomes
-    the stable one at once unless somebody has moved the route away from the newest version;
-    ``promote`` decides it either way.
+    As JSON (``name``, and ``path``, ``composition`` or ``source``), or as multipart/form-data with
+    the parts ``name``, ``config`` (adapter_config.json) and ``weights``
+    (adapter_model.safetensors); either with ``promote``, ``reason``, ``source``, ``revision`` and
+    ``metadata``, an upload with ``evaluation`` (the adapter's pairs of prompt and completion,
+    JSONL) as well. The same content again is the version that is there already, and changes no
+    route. A new version becomes the stable one at once unless somebody has moved the route away
+    from the newest version; ``promote`` decides it either way. A ``source`` is fetched beside
+    everything else: the answer is 202 with an operation (``/admin/operations/{ident}``), unless
+    ``wait`` is true.
     """
     service = adapters(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -73,6 +86,8 @@ async def register(request: Request, caller: Operator) -> dict[str, Any]:
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
         told = await _admitted(request, caller, body.name, body.registration(caller))
+        if body.remote is not None:
+            return await _fetched(request, caller, body, body.remote, told, wait=wait)
         card = await blocking(_registration(caller, service, body, told))
     else:
         raise ContentTypeError(
@@ -127,9 +142,12 @@ async def delete(
 ) -> dict[str, Any]:
     """Delete every version of ``name``, or ``name@version`` alone. Running requests keep theirs.
 
-    409 for a name with several versions, unless ``force``, and for a version that requests are
-    routed to (``force`` ends a canary; the stable version goes with the whole name only).
+    409, unless ``force``, for a name with several versions, for a version that requests are routed
+    to (``force`` ends a canary; the stable version goes with the whole name only), and for what is
+    pinned or running requests hold.
     """
+    if not force:
+        refuse_held(request, adapters(request).entry(split_version(name)[0], caller.tenant), name)
     call = partial(
         adapters(request).delete, name, caller.tenant, force=force, cause=cause(caller, reason)
     )
@@ -203,7 +221,7 @@ def _registration(
     caller: Principal, service: AdapterService, body: RegisterRequest, told: Registration
 ) -> Callable[[], AdapterCard]:
     """What a JSON registration comes to. Raises RequestError unless it names one source."""
-    source, tenant = body.source, caller.tenant
+    source, tenant = body.label, caller.tenant
     if body.path is not None and body.composition is None:
         return partial(
             service.register_folder,
@@ -222,7 +240,31 @@ def _registration(
             source=source,
             registration=told,
         )
-    raise RequestError("give either path or composition", param="path")
+    raise RequestError("give one of path, composition and source", param="path")
+
+
+async def _fetched(
+    request: Request,
+    caller: Principal,
+    body: RegisterRequest,
+    source: Source,
+    told: Registration,
+    *,
+    wait: bool,
+) -> dict[str, Any] | JSONResponse:
+    """A registration from elsewhere: started, and with ``wait`` its end."""
+    start = partial(
+        running_operations(request).start,
+        body.name,
+        source,
+        tenant=caller.tenant,
+        registration=told,
+    )
+    operation = await blocking(start)
+    if not wait:
+        location = {"location": f"/admin/operations/{operation.id}"}
+        return JSONResponse(operation.shown(), status_code=202, headers=location)
+    return _describe(request)(await result(operation))
 
 
 async def _receive(request: Request, caller: Principal, service: AdapterService) -> AdapterCard:

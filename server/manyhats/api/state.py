@@ -8,10 +8,13 @@ from typing import Protocol
 
 from fastapi import Request
 
+from manyhats.api.shadows import Shadows
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -32,7 +35,11 @@ class GrammarValidator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ApiState:
-    """Everything that the routes use. Set once by the composition root, never changed."""
+    """Everything that the routes use. Set once by the composition root, never changed.
+
+    ``operations`` None: nothing is registered from elsewhere; ``pins`` None: nothing is
+    pinned; ``shadows`` None: none run.
+    """
 
     settings: Settings
     engine: EngineClient
@@ -44,6 +51,9 @@ class ApiState:
     usage: UsageLedger = field(default_factory=UsageLedger)
     evaluations: EvaluationService | None = None
     store_reachable: Callable[[], bool] = lambda: True
+    operations: Operations | None = None
+    pins: Pins | None = None
+    shadows: Shadows | None = None
 
 
 def api_state(request: Request) -> ApiState:

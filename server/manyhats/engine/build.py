@@ -89,15 +89,7 @@ def build_engine(
     loop = EngineLoop(
         scheduler=scheduler,
         runner=runner,
-        postprocessor=Postprocessor(
-            sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
-            tokenizer=base.tokenizer.backend,
-            grammars=grammars,
-            scheduler=scheduler,
-            observer=observer,
-            eos_token_ids=base.eos_token_ids,
-            context_len=base.context_len,
-        ),
+        postprocessor=_postprocessor(base, grammars, scheduler, observer),
         residency=residency,
         observer=observer,
         deliver=deliver or postbox.deliver,
@@ -142,6 +134,20 @@ def _client(
         _model_info(settings, base, kernels),
         base.tokenizer,
         max_compared_tokens=(settings.compare_mb << 20) // row_bytes,
+    )
+
+
+def _postprocessor(
+    base: BaseModel, grammars: Grammars, scheduler: Scheduler, observer: EngineObserver
+) -> Postprocessor:
+    return Postprocessor(
+        sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
+        tokenizer=base.tokenizer.backend,
+        grammars=grammars,
+        scheduler=scheduler,
+        observer=observer,
+        eos_token_ids=base.eos_token_ids,
+        context_len=base.context_len,
     )
 
 

@@ -20,6 +20,7 @@ from manyhats.engine.postprocess import Postprocessor, RowProbe, adapter_name
 from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner
 from manyhats.errors import DrainingError, EngineFailedError, ManyhatsError, QueueFullError
+from manyhats.scheduler.deadlines import Deadlines, out_of_time
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import GenerationRequest, OutputDelta, Priority, Schedule
 from manyhats.types import Sequence as LiveSequence
@@ -67,6 +68,7 @@ class EngineLoop:
         self._mailbox = mailbox
         self._bounds = {Priority.NORMAL: max_queue, Priority.BACKGROUND: max_background}
         self._threads = threads or torch.get_num_threads()
+        self._deadlines = Deadlines(postprocessor.open_requests)
         self._ready = threading.Event()
         self._sequence_ids = 0
         self._steps = 0
@@ -150,7 +152,10 @@ class EngineLoop:
             self._residency.close()
 
     def step(self) -> bool:
-        """Schedule, run, postprocess. False where nothing could be run until somebody posts."""
+        """Schedule, run, postprocess. False where nothing could be run until somebody posts, or a
+        deadline comes.
+        """
+        self._expire(time.monotonic())
         schedule = self._scheduler.schedule(time.monotonic())
         self._tell(schedule)
         if not schedule.items:
@@ -167,7 +172,8 @@ class EngineLoop:
             while not self._stopping:
                 if not ran:
                     self._refresh_stats()  # nothing can be run until somebody posts
-                for task in self._mailbox.take(wait=not ran):
+                idle_s = None if ran else self._deadlines.wait_s(time.monotonic())
+                for task in self._mailbox.take(wait=not ran, timeout_s=idle_s):
                     task()
                 ran = self.step()
             self._refresh_stats()
@@ -226,6 +232,8 @@ class EngineLoop:
         else:
             if request.adapter is not None and self._residency is not None:
                 self._residency.prefetch(request.adapter)
+            if request.deadline is not None:
+                self._deadlines.add(request.request_id, request.deadline)
         self._set_waiting()
 
     def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
@@ -239,6 +247,8 @@ class EngineLoop:
             params=request.params[index],
             adapter=request.adapter,
             arrival=request.arrival,
+            deadline=request.deadline,
+            urgency=request.urgency,
             priority=request.priority,
             scores_from=request.scores_from,
             prompt_len=virtual + len(request.prompt_token_ids),
@@ -250,6 +260,18 @@ class EngineLoop:
         ended = self._scheduler.abort(request_id)
         self._post.close(ended)
         return bool(ended)
+
+    def _expire(self, now: float) -> None:
+        """Ends the requests whose time is up, with all they hold."""
+        late = []
+        for request_id in self._deadlines.expired(now):
+            ended = self._scheduler.abort(request_id)
+            self._post.close(ended)
+            if ended:
+                late.append(OutputDelta(request_id, 0, error=out_of_time(ended, now)))
+        if late:
+            self._set_waiting()
+            self._publish(late)
 
     def _stop(self) -> None:
         self._stopping = True

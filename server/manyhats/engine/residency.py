@@ -23,6 +23,7 @@ from manyhats.adapters.host import HostCache
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
 from manyhats.engine.interface import EngineObserver, ResidentAdapter
+from manyhats.engine.pins import DevicePins
 from manyhats.engine.pool import AdapterPool
 from manyhats.errors import AdapterLoadError, AdapterRejectedError, ManyhatsError, RequestError
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
@@ -77,6 +78,7 @@ class AdapterResidency:
         self._post = post
         self._observer = observer
         self._entries: dict[Digest, _Entry] = {}
+        self._pins = DevicePins(slots, self.prepare, self.cancel)
         # One writer to the device at a time: SitePool's masks have a single writer.
         self._host_threads = _threads("adapter-host", 2)
         self._device_thread = _threads("adapter-device", 1)
@@ -105,6 +107,7 @@ class AdapterResidency:
             entry.placed = False
             self._clear(entry)
             self._forget_if_idle(digest)
+        self._pins.advance()
 
     def cancel(self, seq: Sequence) -> None:
         """Forgets a sequence that waited and will not come back."""
@@ -121,6 +124,14 @@ class AdapterResidency:
     def drop(self, ref: AdapterRef) -> None:
         """No new lease; rows and host bytes go now, or with the last lease. Thread-safe."""
         self._post(lambda: self._drop(ref.digest))
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Brings the adapter to the device as soon as there is room and keeps it. Thread-safe."""
+        self._post(lambda: self._pins.pin(ref))
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """Lets it be evicted again. Thread-safe."""
+        self._post(lambda: self._pins.unpin(ref))
 
     def residents(self) -> tuple[ResidentAdapter, ...]:
         """Adapters on the device, ready to be worn."""
@@ -268,12 +279,14 @@ class AdapterResidency:
         entry = self._entry(ref)
         entry.loading = False
         entry.needs = needs
+        self._pins.advance()
 
     def _on_device(self, ref: AdapterRef) -> None:
         if not self._slots.loaded(ref.digest):
             self._entry(ref).placed = False
             self._clear(self._entry(ref))
             self._forget_if_idle(ref.digest)
+        self._pins.advance()
 
     def _device_failed(self, ref: AdapterRef, error: ManyhatsError) -> None:
         self._slots.load_failed(ref.digest)
@@ -290,10 +303,12 @@ class AdapterResidency:
         entry.loading = False
         entry.needs = None
         entry.failed = dict.fromkeys(entry.waiters, error)
+        self._pins.advance()
         self._forget_if_idle(ref.digest)
 
     def _drop(self, digest: Digest) -> None:
         self._host.drop(digest)
+        self._pins.forget(digest)
         gone = self._slots.drop(digest)
         entry = self._entries.get(digest)
         if entry is not None:

@@ -124,6 +124,34 @@ class Rollouts:
 
         return self._change(name, tenant, "canary", cause, update)
 
+    def shadow(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        *,
+        version: int | None,
+        percent: float,
+    ) -> Route:
+        """``version`` (None: the shadow) also runs for ``percent`` (0 to 100) of the requests that
+        give the name, and is measured, not answered with; 0 ends it.
+
+        Raises RequestError as well (the percentage).
+        """
+        _check_percent(percent, "percent")
+
+        def update(entry: Entry) -> Route:
+            shadow = entry.route.shadow
+            if version is None and shadow is None:
+                raise ConflictError(
+                    f"adapter {entry.name!r} has no shadow: {entry.route.described()}",
+                    param="version",
+                )
+            wanted = entry.ready(shadow.version if version is None and shadow else version or 0)
+            return routes.with_shadow(entry.route, wanted, float(percent))
+
+        return self._change(name, tenant, "shadow", cause, update)
+
     def schedule(
         self,
         name: str,

@@ -39,6 +39,7 @@ manyhats_evaluation_passed            gauge      adapter                ... 1 wh
 manyhats_store_reachable              gauge                             1: the registry's store
 manyhats_gc_versions_total            counter                           retired ones collected
 manyhats_gc_bytes_total               counter                           bytes collected
+manyhats_shadow_...                                                     see ``metrics.shadow``
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
@@ -81,6 +82,7 @@ from prometheus_client import (
 )
 
 from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.shadow import ShadowMetrics
 from manyhats.metrics.snapshot import SnapshotCollector, StatsView
 from manyhats.types import FinishReason
 
@@ -130,6 +132,7 @@ class Metrics:
         self._cap = LabelCap(max_adapter_labels)
         self._tenants = LabelCap(max_tenant_labels)
         self._series: dict[str, _AdapterSeries] = {}
+        self.shadow = ShadowMetrics(self.registry, self._cap)
         self._snapshot = SnapshotCollector(self._cap, clock)
         self._declare_requests()
         self._declare_engine()
