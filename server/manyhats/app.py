@@ -25,12 +25,13 @@ from manyhats.adapters.files import AdapterLimits, read_config_file, read_weight
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import admin, drift, rollouts, sharing, tenants, usage
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.banner import announce
 from manyhats.config import Settings
+from manyhats.drift.build import Drift, open_drift
 from manyhats.engine.build import Engine, build_engine
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
@@ -101,6 +102,7 @@ def build(settings: Settings) -> Application:
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
+    watching = _drift(settings, folder / "drift.sqlite", engine, adapters, metrics)
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -109,12 +111,32 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        drift_detection=watching,
     )
-    modules = (admin, rollouts, sharing, tenants, usage)
-    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    modules = (admin, drift, rollouts, sharing, tenants, usage)
+    lifespan = partial(
+        _lifespan, engine=engine, adapters=adapters, tenancy=tenancy, watching=watching
+    )
     api = create_api(state, [module.router for module in modules], lifespan)
-    closing = (registry.close, store.close, tenancy.close)
+    ended = () if watching is None else (watching.close,)
+    closing = (*ended, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
+
+
+def _drift(
+    settings: Settings, path: Path, engine: Engine, adapters: AdapterService, metrics: Metrics
+) -> Drift | None:
+    """Drift detection, unless it is switched off."""
+    if not settings.drift:
+        return None
+    return open_drift(
+        settings,
+        path,
+        names=adapters,
+        rollouts=adapters.rollouts,
+        metrics=metrics.drift,
+        decode=engine.client.tokenizer.decode,
+    )
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -207,7 +229,12 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+    _app: FastAPI,
+    *,
+    engine: Engine,
+    adapters: AdapterService,
+    tenancy: Tenancy,
+    watching: Drift | None,
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
@@ -215,12 +242,26 @@ async def _lifespan(
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
         with tenancy.directory.keep_fresh():
-            async with scheduled(adapters.rollouts):
+            async with scheduled(adapters.rollouts), _watched(watching):
                 yield
     finally:
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
         await tenancy.limiter.close()
+
+
+@asynccontextmanager
+async def _watched(watching: Drift | None) -> AsyncIterator[None]:
+    """Drift detection runs while the block does."""
+    if watching is None:
+        yield
+        return
+    watching.monitor.start()
+    if watching.rescorer is None:
+        yield
+        return
+    async with watching.rescorer.running():
+        yield
 
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 from fastapi import Request
 
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
+from manyhats.drift.monitor import DriftMonitor
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.metrics import Metrics
@@ -40,6 +42,12 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    drift_detection: Drift | None = None
+
+    @property
+    def drift(self) -> DriftMonitor | None:
+        """Who is told of each answer; None where drift detection is off."""
+        return None if self.drift_detection is None else self.drift_detection.monitor
 
 
 def api_state(request: Request) -> ApiState:
