@@ -182,6 +182,21 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
     )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
+    max_background: int = Field(
+        default=64,
+        ge=1,
+        description="Background sequences (evaluations, probes) that may wait; over it 429.",
+    )
+    background_tokens: int = Field(
+        default=32,
+        ge=1,
+        description="Tokens that background sequences compute in a step beside live ones.",
+    )
+    compare_mb: int = Field(
+        default=64,
+        ge=1,
+        description="Logits kept to compare two versions over one answer, MiB (bounds its length).",
+    )
     input_price: float = Field(
         default=1.0, ge=0, le=1e6, description="A prompt token's cost in a tenant's share."
     )
