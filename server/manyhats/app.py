@@ -33,6 +33,7 @@ from manyhats.banner import announce
 from manyhats.config import Settings
 from manyhats.drift.build import Drift, open_drift
 from manyhats.engine.build import Engine, build_engine
+from manyhats.engine.interface import CompareRequest, EngineClient, LaneScores
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
@@ -47,7 +48,7 @@ from manyhats.metrics import Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
 from manyhats.tenancy.build import Tenancy, open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
-from manyhats.types import DEFAULT_TENANT, Digest, TenantId
+from manyhats.types import DEFAULT_TENANT, AdapterRef, Digest, TenantId
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,20 @@ def _drift(
         rollouts=adapters.rollouts,
         metrics=metrics.drift,
         decode=engine.client.tokenizer.decode,
+        compare=partial(_compare, engine.client),
+        longest=engine.client.max_compared_tokens,
     )
+
+
+async def _compare(
+    client: EngineClient,
+    tenant: TenantId,
+    token_ids: tuple[int, ...],
+    start: int,
+    adapters: tuple[AdapterRef | None, ...],
+) -> tuple[LaneScores, ...]:
+    """The engine's comparison as drift detection asks for it."""
+    return await client.compare(CompareRequest(tenant, token_ids, start, adapters))
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:

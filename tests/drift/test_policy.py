@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhats.drift import policy as policies
-from manyhats.drift.alarms import Alarm, Finding, Test
+from manyhats.drift.alarms import Alarm, Detector, Finding
 from manyhats.drift.policy import Action, Decision, Latch, Policy, Step, decide
 from manyhats.drift.signals import SIGNALS
 from manyhats.errors import RequestError
@@ -21,7 +21,9 @@ CANARY = Route(2, 1, Canary(3, 5.0, PLAN))
 
 
 def alarm(version=2, signal="kl"):
-    finding = Finding(signal, 1.5, Test.WINDOW, 0.4, -20, 1.0, 1e-6, 0.3, 0.1, 0.2, 0.5, 64, 10.0)
+    finding = Finding(
+        signal, 1.5, Detector.WINDOW, 0.4, -20, 1.0, 1e-6, 0.3, 0.1, 0.2, 0.5, 64, 10.0
+    )
     return Alarm("pirate", version, "ab" * 32, "reference", finding, 20.0, ("r1",))
 
 

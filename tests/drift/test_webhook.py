@@ -98,9 +98,7 @@ def test_what_is_refused_or_fails_too_often_is_given_up_and_counted(statuses, tr
 
 def test_a_receiver_that_is_gone_fills_the_queue_and_holds_up_nobody():
     dropped = []
-    made = Webhook(
-        "http://127.0.0.1:1/", SECRET, lambda: dropped.append(1), wait=lambda *_: 3600.0
-    )
+    made = Webhook("http://127.0.0.1:1/", SECRET, lambda: dropped.append(1), wait=lambda *_: 3600.0)
     taken = [made.send({"n": n}) for n in range(300)]
     assert 256 <= sum(taken) <= 257
     assert len(dropped) == 300 - sum(taken)

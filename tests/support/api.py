@@ -18,6 +18,7 @@ from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
@@ -39,6 +40,7 @@ class Api:
     grammar: FakeGrammar = field(default_factory=FakeGrammar)
     metrics: Metrics = field(default_factory=lambda: Metrics(10, clock=lambda: 1234.5))
     routers: Sequence[APIRouter] = ()
+    drift: Drift | None = None
     tenants: TenantDirectory = field(
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
@@ -52,6 +54,7 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                drift_detection=self.drift,
             ),
             self.routers,
         )

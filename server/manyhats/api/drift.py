@@ -28,7 +28,6 @@ router = APIRouter(tags=["drift"])
 _operators = [Depends(require_operator)]
 
 
-
 class FeedbackRequest(StrictModel):
     """Body of ``/v1/feedback``: what one thinks of an answer. ``score`` from -1 to 1."""
 
@@ -44,10 +43,10 @@ class PolicyRequest(StrictModel):
     action: Action = Action.ALERT
     dry_run: bool = False
     signals: Annotated[list[str], Field(max_length=64)] = Field(default_factory=list)
-    cool_down_s: Annotated[float, Field(ge=0, le=366 * 86400)] = Policy.cool_down_s
+    cool_down_s: Annotated[float, Field(ge=0, le=366 * 86400)] = policies.COOL_DOWN_S
     revalidate_s: Annotated[float, Field(ge=0, le=3660 * 86400)] = 0.0
     retire_at: Annotated[float, Field(ge=0, le=1e11)] = 0.0
-    warn_s: Annotated[float, Field(ge=0, le=3660 * 86400)] = Policy.warn_s
+    warn_s: Annotated[float, Field(ge=0, le=3660 * 86400)] = policies.WARN_S
 
 
 class ValidationRequest(StrictModel):
@@ -132,16 +131,14 @@ async def begin_anew(request: Request, caller: Operator, name: str) -> dict[str,
     openapi_extra=request_body(ValidationRequest),
 )
 async def add_validation(request: Request, caller: Operator, name: str) -> dict[str, Any]:
-    """Tell how an evaluation of a version has come out; it counts until the policy's period ends."""
+    """Tell how an evaluation of a version came out; it counts until the policy's period ends."""
     body = await read_body(request, ValidationRequest)
     entry = adapters(request).entry(name, caller.tenant)
     if entry.find(body.version) is None:
         raise RequestError(f"adapter {name!r} has no version {body.version}", param="version")
     add = _drift(request).validations.add
     outcome = await blocking(
-        partial(
-            add, name, body.version, passed=body.passed, by=caller.actor, figures=body.figures
-        )
+        partial(add, name, body.version, passed=body.passed, by=caller.actor, figures=body.figures)
     )
     return {"name": name, "validation": outcome}
 

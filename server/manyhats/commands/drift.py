@@ -12,7 +12,7 @@ from rich.table import Table
 
 from manyhats.commands.client import Client, adapter_path, add_row, fail, printable, remote
 from manyhats.commands.plot import svg_plot, text_plot
-from manyhats.drift.policy import Action, Policy
+from manyhats.drift.policy import COOL_DOWN_S, Action
 
 app = typer.Typer(
     help="Watch the adapters of a running server for drift.",
@@ -60,7 +60,7 @@ def policy(
     ] = None,
     cool_down_s: Annotated[
         float, typer.Option(metavar="<s>", help="Least time between two automatic changes.")
-    ] = Policy.cool_down_s,
+    ] = COOL_DOWN_S,
     revalidate_s: Annotated[
         float, typer.Option(metavar="<s>", help="A validation's age from which it is stale.")
     ] = 0.0,

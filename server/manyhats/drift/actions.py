@@ -1,4 +1,4 @@
-"""Carrying out a decision: through lifecycle's own calls, as the actor ``drift`` of the audit log."""
+"""Carrying out a decision: through lifecycle's own calls, audited as the actor ``drift``."""
 
 from __future__ import annotations
 

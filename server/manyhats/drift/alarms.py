@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-class Test(enum.StrEnum):
+class Detector(enum.StrEnum):
     """Which test raised an alarm."""
 
     WINDOW = "window"
@@ -27,7 +27,7 @@ class Finding:
 
     signal: str
     score: float
-    test: Test
+    test: Detector
     statistic: float
     log_p: float
     log_e: float
@@ -75,6 +75,6 @@ class Alarm:
     @classmethod
     def load(cls, value: Mapping[str, Any]) -> Alarm:
         """What ``shown`` gave."""
-        finding = Finding(**{**value["finding"], "test": Test(value["finding"]["test"])})
+        finding = Finding(**{**value["finding"], "test": Detector(value["finding"]["test"])})
         rest = {key: value[key] for key in ("name", "version", "digest", "against", "at")}
         return cls(**rest, finding=finding, examples=tuple(value["examples"]))

@@ -170,8 +170,9 @@ class DriftMonitor:
             self.metrics.reference(ref.label, 0)
 
     def settle(self) -> None:
-        """Wait until everything that was told so far has been looked at."""
+        """Wait until everything that was told so far has been looked at, and acted on."""
         done = threading.Event()
+        self._queue.put(self._tick)
         self._queue.put(done.set)
         done.wait()
 
@@ -241,6 +242,10 @@ class DriftMonitor:
         kl, agreement = watch.now("kl"), watch.now("agreement")
         if kl is not None and agreement is not None:
             self.metrics.against_base(ref.label, kl=kl, agreement=agreement)
+
+    def _hear(self, ref: AdapterRef, tenant: TenantId, said: Feedback) -> None:
+        self.watch(ref).feedback.append(said)
+        self._take(ref, tenant, {"feedback_score": said.score}, said.request_id)
 
     def _take(self, ref: AdapterRef, tenant: TenantId, values: Values, request_id: str) -> None:
         watch = self.watch(ref)

@@ -18,6 +18,10 @@ from manyhats.lifecycle.routes import BASELINE, Route
 
 MAX_DOUBLINGS: Final = 10
 """The wait grows no further after as many changes."""
+COOL_DOWN_S: Final = 600.0
+"""A policy's usual wait."""
+WARN_S: Final = 7 * 86400.0
+"""How long before its retirement a version is warned of."""
 
 
 class Action(enum.StrEnum):
@@ -42,10 +46,10 @@ class Policy:
     action: Action = Action.ALERT
     dry_run: bool = False
     signals: tuple[str, ...] = ()
-    cool_down_s: float = 600.0
+    cool_down_s: float = COOL_DOWN_S
     revalidate_s: float = 0.0
     retire_at: float = 0.0
-    warn_s: float = 7 * 86400.0
+    warn_s: float = WARN_S
 
     def shown(self) -> dict[str, Any]:
         """As JSON."""

@@ -12,8 +12,8 @@ from manyhats.drift.sketches import CountSketch, NumberSketch
 
 
 class SignalSketch:
-    """A signal's values: a quantile sketch of a number, else counts. The mean interval is only there
-    where it is asked for (a reference has one, a window none).
+    """A signal's values: a quantile sketch of a number, else counts. The mean interval is there
+    only where it is asked for (a reference has one, a window none).
     """
 
     def __init__(self, signal: Signal, *, interval: bool = False) -> None:

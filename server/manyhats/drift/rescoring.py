@@ -97,7 +97,7 @@ class Rescorer:
         done = sample.done
         if done.ending is Ending.ERROR or not done.token_ids:
             return
-        if len(done.prompt_token_ids) + len(done.token_ids) - 1 > self._longest:
+        if len(done.token_ids) > self._longest:
             self._dropped("too_long")
             return
         try:
@@ -133,14 +133,19 @@ class Rescorer:
         adapters: tuple[AdapterRef | None, ...] = (done.adapter, None)
         if sample.stable is not None:
             adapters += (sample.stable,)
-        lanes = await self._compare(done.tenant, tokens, 1, adapters)
-        head = len(done.prompt_token_ids) - 1
-        beside = rescored(lanes[0], lanes[2], head) if len(lanes) > 2 else None
-        self._found(sample, rescored(lanes[0], lanes[1], head), beside)
+        # As much of the prompt as there is room for: its perplexity needs all of it.
+        start = max(1, len(tokens) - self._longest)
+        lanes = await self._compare(done.tenant, tokens, start, adapters)
+        head = len(done.prompt_token_ids) - start
+        whole = start == 1
+        beside = rescored(lanes[0], lanes[2], head, whole=whole) if len(lanes) > 2 else None
+        self._found(sample, rescored(lanes[0], lanes[1], head, whole=whole), beside)
 
 
-def rescored(own: Lane, other: Lane, head: int) -> Rescored:
-    """Two lanes over prompt and answer as one; the first ``head`` entries are the prompt's."""
+def rescored(own: Lane, other: Lane, head: int, *, whole: bool) -> Rescored:
+    """Two lanes over prompt and answer as one; the first ``head`` entries are the prompt's, all of
+    it after its first token where ``whole`` says so: what is of the prompt is left out otherwise.
+    """
     prompt = other.logprobs[:head]
     return Rescored(
         own_logprobs=own.logprobs[head:],
@@ -148,8 +153,8 @@ def rescored(own: Lane, other: Lane, head: int) -> Rescored:
         kl=other.divergences[head:],
         agrees=other.agreements[head:],
         entropy=own.entropies[head:],
-        prompt_nll=-sum(prompt) / len(prompt) if prompt else None,
-        hidden=other.hidden_mean,
+        prompt_nll=-sum(prompt) / len(prompt) if prompt and whole else None,
+        hidden=other.hidden_mean if whole else (),
     )
 
 

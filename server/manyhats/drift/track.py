@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from manyhats.drift.alarms import Finding, Test
+from manyhats.drift.alarms import Detector, Finding
 from manyhats.drift.detectors import windows
 from manyhats.drift.detectors.betting import MeanBet
 from manyhats.drift.detectors.spending import share
@@ -138,7 +138,7 @@ class Track:
         statistic, log_p = self._compared(window) if self._tested else (0.0, 0.0)
         psi, bins = self._psi(window)
         by_window, by_mean = log_p / math.log(alpha), max(0.0, log_e) / self._bet_bar()
-        test = Test.WINDOW if by_window >= by_mean else Test.MEAN
+        test = Detector.WINDOW if by_window >= by_mean else Detector.MEAN
         sizes = max(1, self.reference.count), max(1, window.count)
         return Finding(
             signal=self.signal.name,
@@ -204,9 +204,9 @@ class Track:
             MeanBet(low, high, interval.mean, interval.variance, upward=side) for side in sides
         ]
 
-    def _since(self, test: Test) -> float:
+    def _since(self, test: Detector) -> float:
         """When what is seen now began: the rise of the wealth, or the window."""
-        if test is Test.MEAN and self._bets:
+        if test is Detector.MEAN and self._bets:
             best = max(self._bets, key=lambda bet: bet.log_wealth)
             if best.rising_since is not None:
                 return best.rising_since
@@ -238,7 +238,7 @@ def restored(
     *,
     one_sided: bool = False,
 ) -> Track:
-    """A track after a restart: its windows begin anew, what it has spent of its rate stays spent."""
+    """A track after a restart: its windows begin anew, what was spent of its rate stays spent."""
     return Track(
         reference,
         alpha,

@@ -50,7 +50,7 @@ class Validations:
         return [] if text is None else list(orjson.loads(text))
 
     def shown(self, entry: Entry, policy: Policy) -> dict[str, Any]:
-        """The state of the stable version: ``stale``, when it is due, when it retires, the series."""
+        """The state of the stable version: ``stale``, when it is due and retires, the series."""
         series = self.series(entry.name)
         due = self.due_at(entry, policy)
         now = self._clock()
@@ -83,5 +83,5 @@ def warnings(entry: Entry, policy: Policy, now: float) -> Iterable[str]:
     if not policy.retire_at or now < policy.retire_at - policy.warn_s:
         return
     days = (policy.retire_at - now) / 86400
-    when = f"in {days:.1f} days" if days >= 0 else f"{-days:.1f} days ago"
-    yield f"{entry.name}@{entry.route.stable} was to be replaced {when}"
+    when = f"in {days:.1f} days" if days >= 0 else f"{-days:.1f} days ago: overdue"
+    yield f"{entry.name}@{entry.route.stable} is to be replaced {when}"

@@ -1,4 +1,4 @@
-"""One version watched: its reference, then a track a signal; as a canary, against the stable one."""
+"""One version watched: its reference, then a track a signal; as a canary, against stable."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 ``adapter`` is as in ``manyhats.metrics``; ``signal`` is a name out of ``drift.signals.SIGNALS``, a
 closed list; ``action`` and ``kind`` are closed lists too (``drift.policy.Action``; ``finished``,
-``rescored``, ``canary``); ``reason`` says why something was not looked at (``queue``, ``rescoring``,
-``failed``, ``webhook``); ``label`` is one of three kinds of feedback.
+``rescored``, ``canary``); ``reason`` says why something was not looked at (``queue``, ``failed``,
+``rescoring``, ``too_long``, ``webhook``); ``label`` is one of three kinds of feedback.
 
 ================================  =======  ===============  ===================================
 series                            type     labels           meaning

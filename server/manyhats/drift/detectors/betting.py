@@ -1,7 +1,7 @@
 """Means of bounded values, by betting: an interval for the reference's, an e-process for the rest.
 
-After Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting (JRSS B 2024).
-A bettor who starts with 1 and stakes on values being greater than m has a wealth that is a
+After Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting (JRSS B
+2024). A bettor who starts with 1 and stakes on values being greater than m has a wealth that is a
 nonnegative supermartingale if the mean is at most m; by Ville's inequality it ever reaches 1/alpha
 with a probability of at most alpha, however often one looks.
 """

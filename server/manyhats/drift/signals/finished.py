@@ -21,8 +21,9 @@ class Finished:
     """One choice of a request that an adapter version answered.
 
     ``logprobs`` of the tokens, where the request asked for them. ``ttft_s`` from arrival to the
-    first token and ``inter_token_s`` the mean between two, where there were as many. ``json_asked``:
-    a JSON format was asked for. ``load_failed``: the error is that the adapter could not be loaded.
+    first token and ``inter_token_s`` the mean between two, where there were as many.
+    ``json_asked``: a JSON format was. ``load_failed``: the error is that the adapter could not be
+    loaded.
     """
 
     request_id: str

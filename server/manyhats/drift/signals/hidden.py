@@ -1,7 +1,7 @@
 """How far a prompt lies from the usual ones: Mahalanobis distance of its mean hidden state.
 
-A hidden state has hundreds of dimensions and the reference few prompts, so it is projected first, by
-a fixed random matrix (Johnson and Lindenstrauss), to DIMENSIONS; the covariance there is shrunk
+A hidden state has hundreds of dimensions and the reference few prompts, so it is projected first,
+by a fixed random matrix (Johnson and Lindenstrauss), to DIMENSIONS; the covariance there is shrunk
 towards a multiple of the identity. That bounds what a version keeps to a few kilobytes.
 """
 
