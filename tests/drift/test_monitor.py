@@ -356,6 +356,11 @@ def test_a_version_goes_stale_and_its_retirement_is_warned_of(world):
     world.monitor.actor.set_policy(
         "pirate", Policy(revalidate_s=100.0, retire_at=world.clock.now + 86400)
     )
+    traffic(world, 1)
+    world.clock.now += 61
+    world.monitor.settle()
+    assert value(world, "manyhats_drift_stale", adapter="pirate") == 1
+    world.clock.now -= 61
     found = shown(world)["validation"]
     assert found["stale"], "it was registered long before the clock's time"
     assert found["warnings"] == ["pirate@2 is to be replaced in 1.0 days"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
@@ -40,7 +40,7 @@ class FeedbackRequest(StrictModel):
 class PolicyRequest(StrictModel):
     """Body of a policy: every field that is left out takes its default."""
 
-    action: Action = Action.ALERT
+    action: Literal["observe", "alert", "hold", "rollback", "baseline"] = "alert"
     dry_run: bool = False
     signals: Annotated[list[str], Field(max_length=64)] = Field(default_factory=list)
     cool_down_s: Annotated[float, Field(ge=0, le=366 * 86400)] = policies.COOL_DOWN_S
@@ -97,7 +97,7 @@ async def set_policy(request: Request, caller: Operator, name: str) -> dict[str,
     body = await read_body(request, PolicyRequest)
     policy = policies.check(
         Policy(
-            action=body.action,
+            action=Action(body.action),
             dry_run=body.dry_run,
             signals=tuple(body.signals),
             cool_down_s=body.cool_down_s,

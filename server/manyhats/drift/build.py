@@ -61,10 +61,12 @@ def open_drift(
     else:
         store, replica = RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
     actor = Actor(rollouts, store, metrics, webhook.send if webhook else None, clock)
+    validations = Validations(store, clock)
     monitor = DriftMonitor(
         names,
         actor,
         Archive(store, replica),
+        validations,
         metrics,
         options_of(settings),
         decode=decode,
@@ -81,7 +83,7 @@ def open_drift(
             webhook.close()
         store.close()
 
-    return Drift(monitor, Validations(store, clock), rescorer, close)
+    return Drift(monitor, validations, rescorer, close)
 
 
 def options_of(settings: Settings) -> Options:

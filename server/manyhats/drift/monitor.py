@@ -7,7 +7,6 @@ bounded queue; what finds no room there is dropped and counted, never waited for
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections import OrderedDict, deque
@@ -26,8 +25,10 @@ from manyhats.drift.signals.output import output_signals
 from manyhats.drift.signals.prompt import prompt_signals
 from manyhats.drift.signals.rescored import Rescored, rescored_signals
 from manyhats.drift.signals.service import service_signals
+from manyhats.drift.validation import Validations, warnings
 from manyhats.drift.watch import HIDDEN, References, Sizes, Watch
-from manyhats.errors import ManyhatsError, ModelNotFoundError
+from manyhats.drift.worker import Worker
+from manyhats.errors import ModelNotFoundError
 from manyhats.lifecycle.records import Entry
 from manyhats.lifecycle.routes import Route
 from manyhats.metrics import DriftMetrics
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 ALARMS_KEPT: Final = 50
 """Alarms of a name that are remembered."""
-_STOP: Final = None
 
 
 class Names(Protocol):
@@ -81,6 +81,7 @@ class DriftMonitor:
         names: Names,
         actor: Actor,
         archive: Archive,
+        validations: Validations,
         metrics: DriftMetrics,
         options: Options,
         *,
@@ -90,6 +91,7 @@ class DriftMonitor:
         self.names = names
         self.actor = actor
         self.archive = archive
+        self.validations = validations
         self.metrics = metrics
         self.options = options
         self.recent = RecentRequests(options.remembered)
@@ -98,29 +100,35 @@ class DriftMonitor:
         self.alarms: dict[str, deque[Alarm]] = {}
         self._decode = decode
         self.clock = clock
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(options.queue)
         self._watches: OrderedDict[str, Watch] = OrderedDict()
         self._standing: dict[tuple[str, str, str], _Standing] = {}
+        self._names: dict[str, TenantId] = {}
+        self._warned: set[str] = set()
         self._routes: dict[str, tuple[Route, TenantId]] = {}
-        self._saved_at = self._ticked_at = clock()
-        self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
+        self._saved_at = clock()
+        self._worker = Worker(
+            self.lock,
+            self._tick,
+            metrics.dropped,
+            size=options.queue,
+            tick_s=options.tick_s,
+            clock=clock,
+        )
 
     def start(self) -> None:
         """Begin to look at what comes."""
-        self._thread.start()
+        self._worker.start()
 
     def stop(self) -> None:
         """Look at what has come, save, and end."""
-        if self._thread.is_alive():
-            self._queue.put(_STOP)
-            self._thread.join()
+        self._worker.stop(self._save)
 
     def finished(self, done: Finished) -> None:
         """A choice has ended. On the event loop; never blocks."""
         self.recent.remember(done.request_id, Answered(done.tenant, done.adapter))
         if not done.adapter.version:  # a composition that a request named: nobody's version
             return
-        self._enqueue(lambda: self._look_at(done))
+        self._worker.post(lambda: self._look_at(done))
         if self.offer is None:
             return
         stable = self._stable_beside(done)
@@ -130,7 +138,7 @@ class DriftMonitor:
 
     def rescored(self, sample: Sample, base: Rescored, stable: Rescored | None) -> None:
         """A sample was scored again. Any thread; never blocks."""
-        self._enqueue(lambda: self._look_at_rescored(sample.done, base, stable))
+        self._worker.post(lambda: self._look_at_rescored(sample.done, base, stable))
 
     def feedback(self, tenant: TenantId, said: Feedback) -> AdapterRef | None:
         """A tenant's opinion of an answer; the version that it was of, None: the base.
@@ -141,7 +149,7 @@ class DriftMonitor:
         ref = answered.adapter
         self.metrics.feedback(None if ref is None else ref.label, label_of(said.score))
         if ref is not None and ref.version:
-            self._enqueue(lambda: self._hear(ref, tenant, said))
+            self._worker.post(lambda: self._hear(ref, tenant, said))
         return ref
 
     def dropped(self, reason: str) -> None:
@@ -171,10 +179,7 @@ class DriftMonitor:
 
     def settle(self) -> None:
         """Wait until everything that was told so far has been looked at, and acted on."""
-        done = threading.Event()
-        self._queue.put(self._tick)
-        self._queue.put(done.set)
-        done.wait()
+        self._worker.settle()
 
     def past_alarms(self, name: str) -> deque[Alarm]:
         """The latest alarms of a name, oldest first. Hold ``lock``."""
@@ -182,38 +187,6 @@ class DriftMonitor:
         if kept is None:
             kept = self.alarms[name] = deque(self.archive.alarms(name), maxlen=ALARMS_KEPT)
         return kept
-
-    def _enqueue(self, work: Callable[[], None]) -> None:
-        try:
-            self._queue.put_nowait(work)
-        except queue.Full:
-            self.metrics.dropped("queue")
-
-    def _run(self) -> None:
-        while True:
-            try:
-                work = self._queue.get(timeout=self.options.tick_s)
-            except queue.Empty:
-                self._guarded(self._tick)
-                continue
-            if work is _STOP:
-                self._guarded(self._save)
-                return
-            self._guarded(work)
-            if self.clock() >= self._ticked_at + self.options.tick_s:
-                self._guarded(self._tick)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """One request that cannot be looked at must not end the looking."""
-        try:
-            with self.lock:
-                work()
-        except ManyhatsError as error:
-            self.metrics.dropped("failed")
-            logger.error("drift: %s", error.message)
-        except Exception:
-            self.metrics.dropped("failed")
-            logger.exception("drift detection failed")
 
     def _look_at(self, done: Finished) -> None:
         ref = done.adapter
@@ -240,7 +213,7 @@ class DriftMonitor:
             watch.beside(rescored_signals(stable))
         self._take(ref, done.tenant, values, done.request_id)
         kl, agreement = watch.now("kl"), watch.now("agreement")
-        if kl is not None and agreement is not None:
+        if kl is not None and agreement is not None and self._is_stable(ref):
             self.metrics.against_base(ref.label, kl=kl, agreement=agreement)
 
     def _hear(self, ref: AdapterRef, tenant: TenantId, said: Feedback) -> None:
@@ -255,7 +228,9 @@ class DriftMonitor:
         looks = watch.looks
         alarms = watch.add(values, self.clock(), request_id)
         self.archive.frozen(watch)
-        if watch.looks != looks:
+        if entry is not None:
+            self._names[ref.name] = tenant
+        if watch.looks != looks and self._is_stable(ref):
             self._publish(watch)
         for alarm in alarms:
             self._raised(alarm, entry, tenant)
@@ -275,7 +250,6 @@ class DriftMonitor:
 
     def _tick(self) -> None:
         """What stands open: routes that somebody has moved, alarms that may be acted on now."""
-        self._ticked_at = self.clock()
         for name, (route, tenant) in list(self._routes.items()):
             entry = self._entry(name, tenant)
             if entry is None or entry.route != route:
@@ -306,8 +280,14 @@ class DriftMonitor:
         if entry is not None:
             self._routes[name] = (entry.route, tenant)
 
+    def _is_stable(self, ref: AdapterRef) -> bool:
+        """Whether the gauges of a name, which tell of one version, are this version's."""
+        entry = self._entry(ref.name, self._names[ref.name]) if ref.name in self._names else None
+        return entry is not None and entry.route.stable == ref.version
+
     def _publish(self, watch: Watch) -> None:
         label = watch.ref.label
+        self.metrics.reference(label, watch.reference_size)
         for name, track in watch.tracks.items():
             if (found := track.finding) is None:
                 continue
@@ -320,6 +300,22 @@ class DriftMonitor:
         self._saved_at = self.clock()
         for watch in self._watches.values():
             self.archive.save(watch)
+        for name, tenant in list(self._names.items()):
+            entry = self._entry(name, tenant)
+            if entry is None:
+                del self._names[name]
+            else:
+                self._look_at_age(entry)
+
+    def _look_at_age(self, entry: Entry) -> None:
+        """Whether the stable version's validation is too old, and whether it retires soon."""
+        policy = self.actor.policy(entry.name)
+        self.metrics.stale(entry.name, self.validations.is_stale(entry, policy))
+        for text in warnings(entry, policy, self.clock()):
+            ident = f"{entry.name}@{entry.route.stable}"
+            if ident not in self._warned and len(self._warned) < self.options.versions:
+                self._warned.add(ident)
+                logger.warning("drift: %s", text)
 
     def _entry(self, name: str, tenant: TenantId) -> Entry | None:
         try:

@@ -52,15 +52,19 @@ class Validations:
     def shown(self, entry: Entry, policy: Policy) -> dict[str, Any]:
         """The state of the stable version: ``stale``, when it is due and retires, the series."""
         series = self.series(entry.name)
-        due = self.due_at(entry, policy)
         now = self._clock()
         return {
-            "stale": due is not None and now >= due,
-            "due_at": due,
+            "stale": self.is_stale(entry, policy),
+            "due_at": self.due_at(entry, policy),
             "retire_at": policy.retire_at or None,
             "warnings": list(warnings(entry, policy, now)),
             "series": series,
         }
+
+    def is_stale(self, entry: Entry, policy: Policy) -> bool:
+        """Whether the stable version was not validated for the policy's period."""
+        due = self.due_at(entry, policy)
+        return due is not None and self._clock() >= due
 
     def due_at(self, entry: Entry, policy: Policy) -> float | None:
         """When the stable version's validation ends (Unix seconds); None: it never does.

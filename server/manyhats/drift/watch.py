@@ -143,6 +143,11 @@ class Watch:
         """Looks at windows so far."""
         return sum(track.looks for track in self.tracks.values())
 
+    @property
+    def reference_size(self) -> int:
+        """Requests in the largest frozen reference."""
+        return max((sketch.count for sketch in self.references.frozen.values()), default=0)
+
     def now(self, name: str) -> float | None:
         """A signal's mean over its window; while there is none, over what is collected."""
         if track := self.tracks.get(name):
