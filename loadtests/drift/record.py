@@ -42,7 +42,8 @@ TOKENS = 24
 
 def prompts() -> tuple[list[str], list[str]]:
     """(the adapter's own domain: questions in English, another one: shouted code and numbers)."""
-    usual = [json.loads(line)["prompt"] for line in (ROOT / f"examples/data/{ADAPTER}.jsonl").open()]
+    lines = (ROOT / f"examples/data/{ADAPTER}.jsonl").read_text("utf-8").splitlines()
+    usual = [json.loads(line)["prompt"] for line in lines]
     rng = random.Random(7)
     words = ["SELECT", "def", "x_1", "0x3f", "->", "{", "}", "while", "NULL", "==", "return", "%d"]
     strange = [" ".join(rng.choices(words, k=rng.randint(20, 60))) for _ in range(400)]
@@ -80,19 +81,16 @@ async def answer(app: Application, ref: AdapterRef, text: str, seed: int) -> dic
         parts.append(delta.text)
         if delta.finish_reason is FinishReason.STOP:
             ending = Ending.STOP
-    done = Finished(
-        f"r{seed}", DEFAULT_TENANT, ref, prompt, tuple(tokens), "".join(parts), ending
-    )
+    done = Finished(f"r{seed}", DEFAULT_TENANT, ref, prompt, tuple(tokens), "".join(parts), ending)
     lanes = await client.compare(
         CompareRequest(DEFAULT_TENANT, prompt + tuple(tokens), 1, (ref, None))
     )
     scored = rescored(lanes[0], lanes[1], len(prompt) - 1, whole=True)
-    values = {
+    return {
         **output_signals(done),
         **prompt_signals(done, client.tokenizer.decode(prompt)),
         **rescored_signals(scored),
     }
-    return values
 
 
 async def record(app: Application, ref: AdapterRef, texts: list[str], count: int, seed: int):  # noqa: ANN201

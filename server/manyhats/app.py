@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
 from manyhats.api import admin, drift, rollouts, sharing, tenants, usage
+from manyhats.api import evaluations as evaluations_api
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -40,6 +41,8 @@ from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.evaluation.store import EvaluationStore
 from manyhats.lifecycle.loading import load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
@@ -97,13 +100,17 @@ def build(settings: Settings) -> Application:
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=compile_folder,
+        compile_folder=engine.parity.checked(compile_folder) if engine.parity else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
-    watching = _drift(settings, folder / "drift.sqlite", engine, adapters, metrics)
+    evaluations = EvaluationService(
+        engine.client, adapters, EvaluationStore(folder / "evaluations"), metrics.evaluated
+    )
+    adapters.rollouts.gate = evaluations.objection
+    watching = _drift(settings, folder / "drift.sqlite", engine, adapters, metrics, evaluations)
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -112,11 +119,17 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        evaluations=evaluations,
         drift_detection=watching,
     )
-    modules = (admin, drift, rollouts, sharing, tenants, usage)
+    modules = (admin, evaluations_api, drift, rollouts, sharing, tenants, usage)
     lifespan = partial(
-        _lifespan, engine=engine, adapters=adapters, tenancy=tenancy, watching=watching
+        _lifespan,
+        engine=engine,
+        adapters=adapters,
+        tenancy=tenancy,
+        evaluations=evaluations,
+        watching=watching,
     )
     api = create_api(state, [module.router for module in modules], lifespan)
     ended = () if watching is None else (watching.close,)
@@ -125,7 +138,12 @@ def build(settings: Settings) -> Application:
 
 
 def _drift(
-    settings: Settings, path: Path, engine: Engine, adapters: AdapterService, metrics: Metrics
+    settings: Settings,
+    path: Path,
+    engine: Engine,
+    adapters: AdapterService,
+    metrics: Metrics,
+    evaluations: EvaluationService,
 ) -> Drift | None:
     """Drift detection, unless it is switched off."""
     if not settings.drift:
@@ -139,6 +157,7 @@ def _drift(
         decode=engine.client.tokenizer.decode,
         compare=partial(_compare, engine.client),
         longest=engine.client.max_compared_tokens,
+        evaluations=evaluations,
     )
 
 
@@ -248,6 +267,7 @@ async def _lifespan(
     engine: Engine,
     adapters: AdapterService,
     tenancy: Tenancy,
+    evaluations: EvaluationService,
     watching: Drift | None,
 ) -> AsyncIterator[None]:
     engine.loop.start()
@@ -256,26 +276,14 @@ async def _lifespan(
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
         with tenancy.directory.keep_fresh():
-            async with scheduled(adapters.rollouts), _watched(watching):
+            moving = scheduled(adapters.rollouts, adapters.rollouts.objection)
+            async with moving, watching.running() if watching else nullcontext():
                 yield
     finally:
+        await evaluations.close()
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
         await tenancy.limiter.close()
-
-
-@asynccontextmanager
-async def _watched(watching: Drift | None) -> AsyncIterator[None]:
-    """Drift detection runs while the block does."""
-    if watching is None:
-        yield
-        return
-    watching.monitor.start()
-    if watching.rescorer is None:
-        yield
-        return
-    async with watching.rescorer.running():
-        yield
 
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:

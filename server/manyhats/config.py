@@ -157,6 +157,10 @@ class Settings(BaseSettings):
         le=1,
         description="Relative error up to which a weight change is approximated by a low-rank one.",
     )
+    parity_probe: bool = Field(
+        default=True,
+        description="At registration, compare the adapter in the engine with plain arithmetic.",
+    )
     max_adapters: int = Field(default=10_000, ge=1, description="Registered adapters.")
 
     adapter_layers: bool = Field(

@@ -123,7 +123,7 @@ class AdapterRejectedError(RequestError):
     ``unsupported_site``, ``no_module_matched``, ``unused_tensors``, ``missing_tensors``,
     ``shape_mismatch``, ``rank_too_large``, ``unsupported_dtype``, ``non_finite``, ``bad_header``,
     ``bad_config``, ``pickle_refused``, ``too_large``, ``path_not_allowed``, ``missing_file``,
-    ``cannot_compose``, ``cannot_merge``.
+    ``cannot_compose``, ``cannot_merge``, ``parity_mismatch``.
     """
 
     code = "adapter_rejected"

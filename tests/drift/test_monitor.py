@@ -17,6 +17,7 @@ from manyhats.drift.feedback import Feedback
 from manyhats.drift.policy import Action, Policy
 from manyhats.drift.report import report
 from manyhats.drift.rescoring import Rescorer, Sample, is_sampled
+from manyhats.drift.revalidation import Revalidation
 from manyhats.drift.signals.finished import Ending, Finished
 from manyhats.errors import NotFoundError, QueueFullError
 from manyhats.lifecycle.audit import Cause
@@ -115,6 +116,11 @@ def route(world):
     return world.adapters.service.entry("pirate", DEFAULT_TENANT).route
 
 
+def set_policy(world, policy):
+    entry = world.adapters.service.entry("pirate", DEFAULT_TENANT)
+    world.monitor.actor.set_policy(entry, policy)
+
+
 def audited(world):
     entries = world.adapters.service.rollouts.audit(name="pirate", after=0, limit=1000)
     return [(e.actor, e.action) for e in entries if e.action != "register"]
@@ -130,7 +136,7 @@ def shown(world):
 
 
 def test_quiet_traffic_raises_nothing_and_a_bad_spell_is_rolled_back(world):
-    world.monitor.actor.set_policy("pirate", Policy(Action.ROLLBACK))
+    set_policy(world, Policy(Action.ROLLBACK))
     traffic(world, 700)
     found = shown(world)
     (version,) = found["versions"]
@@ -153,7 +159,7 @@ def test_quiet_traffic_raises_nothing_and_a_bad_spell_is_rolled_back(world):
 
 
 def test_it_acts_again_only_after_a_human_has_promoted_and_it_has_waited(world):
-    world.monitor.actor.set_policy("pirate", Policy(Action.ROLLBACK, cool_down_s=1000))
+    set_policy(world, Policy(Action.ROLLBACK, cool_down_s=1000))
     traffic(world, 200)
     traffic(world, 120, bad=0.9, first=1000)
     assert route(world).stable == 1
@@ -173,7 +179,7 @@ def test_it_acts_again_only_after_a_human_has_promoted_and_it_has_waited(world):
 
 
 def test_a_dry_run_changes_nothing_and_says_what_it_would_have(world):
-    world.monitor.actor.set_policy("pirate", Policy(Action.BASELINE, dry_run=True))
+    set_policy(world, Policy(Action.BASELINE, dry_run=True))
     traffic(world, 200)
     traffic(world, 120, bad=0.9, first=1000)
     assert route(world).stable == 2
@@ -184,7 +190,7 @@ def test_a_dry_run_changes_nothing_and_says_what_it_would_have(world):
 @pytest.mark.parametrize("action", [Action.HOLD, Action.ROLLBACK])
 def test_a_bad_canary_is_held_or_ended_before_it_has_had_many_requests(world, action):
     rollouts = world.adapters.service.rollouts
-    world.monitor.actor.set_policy("pirate", Policy(action))
+    set_policy(world, Policy(action))
     traffic(world, 300)
     rollouts.schedule("pirate", DEFAULT_TENANT, HUMAN, version=3, steps=(5.0, 50.0), step_s=3600.0)
     for i in range(32):
@@ -202,7 +208,7 @@ def test_a_bad_canary_is_held_or_ended_before_it_has_had_many_requests(world, ac
 
 
 def test_a_good_canary_goes_on(world):
-    world.monitor.actor.set_policy("pirate", Policy(Action.ROLLBACK))
+    set_policy(world, Policy(Action.ROLLBACK))
     traffic(world, 300)
     world.adapters.service.rollouts.canary("pirate", DEFAULT_TENANT, HUMAN, version=3, percent=50.0)
     traffic(world, 300, version=3, seed=4)
@@ -212,7 +218,7 @@ def test_a_good_canary_goes_on(world):
 
 
 def test_a_restart_keeps_references_alarms_and_the_latch(world):
-    world.monitor.actor.set_policy("pirate", Policy(Action.ROLLBACK))
+    set_policy(world, Policy(Action.ROLLBACK))
     traffic(world, 150)
     traffic(world, 120, bad=0.9, first=1000)
     before = shown(world)
@@ -352,10 +358,42 @@ def test_the_share_of_samples_is_what_was_asked_for():
     assert is_sampled("x", 1.0)
 
 
+def test_an_evaluation_is_run_again_when_its_period_is_over(world):
+    started, reports = [], {}
+
+    class Gates:
+        async def start(self, name, tenant, version):
+            started.append((name, tenant, version))
+            rows = [{"measure": "calibration_error", "value": 0.1}]
+            reports[version] = {"started": world.clock.now, "passed": True, "rows": rows}
+            return {}
+
+        def shown(self, name, tenant, version):
+            return {"report": reports.get(version)}
+
+    names, actor = world.adapters.service, world.monitor.actor
+    again = Revalidation(Gates(), names, actor, world.validations, world.clock)
+    asyncio.run(again.tick())
+    assert started == [], "no policy asks for it"
+    set_policy(world, Policy(revalidate_s=1000.0))
+    for _ in range(3):
+        asyncio.run(again.tick())
+    assert started == [("pirate", DEFAULT_TENANT, 2)]
+    world.clock.now += 999
+    asyncio.run(again.tick())
+    assert len(started) == 1
+    world.clock.now += 1
+    assert shown(world)["validation"]["stale"]
+    asyncio.run(again.tick())
+    asyncio.run(again.tick())
+    assert len(started) == 2
+    found = shown(world)["validation"]
+    assert not found["stale"]
+    assert [o["figures"] for o in found["series"]] == [{"calibration_error": 0.1}] * 2
+
+
 def test_a_version_goes_stale_and_its_retirement_is_warned_of(world):
-    world.monitor.actor.set_policy(
-        "pirate", Policy(revalidate_s=100.0, retire_at=world.clock.now + 86400)
-    )
+    set_policy(world, Policy(revalidate_s=100.0, retire_at=world.clock.now + 86400))
     traffic(world, 1)
     world.clock.now += 61
     world.monitor.settle()
@@ -364,10 +402,11 @@ def test_a_version_goes_stale_and_its_retirement_is_warned_of(world):
     found = shown(world)["validation"]
     assert found["stale"], "it was registered long before the clock's time"
     assert found["warnings"] == ["pirate@2 is to be replaced in 1.0 days"]
-    world.validations.add("pirate", 1, passed=True, by="me", figures={})
-    world.validations.add("pirate", 2, passed=False, by="me", figures={})
+    entry = world.adapters.service.entry("pirate", DEFAULT_TENANT)
+    world.validations.add(entry, 1, passed=True, by="me", figures={})
+    world.validations.add(entry, 2, passed=False, by="me", figures={})
     assert shown(world)["validation"]["stale"], "another version's, or one that failed"
-    world.validations.add("pirate", 2, passed=True, by="me", figures={"nll": 1.5})
+    world.validations.add(entry, 2, passed=True, by="me", figures={"nll": 1.5})
     assert not shown(world)["validation"]["stale"]
     world.clock.now += 101
     found = shown(world)["validation"]

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Annotated, Any
 
 import anyio
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import PlainTextResponse
 
 from manyhats.adapters.store import Staging
-from manyhats.api.administration import Operator, adapters, blocking, cause
+from manyhats.api.administration import Operator, adapters, blocking, cause, evaluations, measuring
 from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body
 from manyhats.api.registration import RegisterRequest, described
@@ -60,7 +60,8 @@ async def register(request: Request, caller: Operator) -> dict[str, Any]:
 
     As JSON (``name``, ``path`` or ``composition``), or as multipart/form-data with the parts
     ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors); either
-    with ``promote``, ``reason``, ``source``, ``revision`` and ``metadata``. The same
+    with ``promote``, ``reason``, ``source``, ``revision`` and ``metadata``, an upload with
+    ``evaluation`` (the adapter's pairs of prompt and completion, JSONL) as well. The same
     content again is the version that is there already, and changes no route. A new version becomes
     the stable one at once unless somebody has moved the route away from the newest version;
     ``promote`` decides it either way.
@@ -71,7 +72,8 @@ async def register(request: Request, caller: Operator) -> dict[str, Any]:
         card = await _receive(request, caller, service)
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
-        card = await blocking(_registration(caller, service, body))
+        told = _admitted(request, caller, body.name, body.registration(caller))
+        card = await blocking(_registration(caller, service, body, told))
     else:
         raise ContentTypeError(
             f"content type must be application/json or multipart/form-data, not {kind[:100]!r}",
@@ -102,6 +104,19 @@ async def show(request: Request, caller: Operator, name: str) -> dict[str, Any]:
     }
 
 
+@router.get("/admin/adapters/{name}/versions/{version}")
+async def show_version(
+    request: Request, caller: Operator, name: str, version: Annotated[int, Path(ge=1, lt=2**53)]
+) -> dict[str, Any]:
+    """One version: who registered it, and what its evaluation says of it."""
+    entry = adapters(request).entry(name, caller.tenant)
+    entry_version = entry.find(version)
+    if entry_version is None:
+        raise ModelNotFoundError(f"adapter {name!r} has no version {version}", param="version")
+    found = await blocking(partial(evaluations(request).shown, name, caller.tenant, version))
+    return {"name": name, **_version(entry_version), "evaluation": found}
+
+
 @router.delete("/admin/adapters/{name}")
 async def delete(
     request: Request,
@@ -119,6 +134,7 @@ async def delete(
         adapters(request).delete, name, caller.tenant, force=force, cause=cause(caller, reason)
     )
     refs = await blocking(call)
+    await _forget(request, caller, name)
     return {"name": name, "deleted": True, "versions": [ref.version for ref in refs]}
 
 
@@ -155,7 +171,9 @@ async def load_lora_adapter(request: Request, caller: Operator) -> PlainTextResp
             body.lora_name,
             body.lora_path,
             tenant=caller.tenant,
-            registration=Registration(cause=cause(caller)),
+            registration=_admitted(
+                request, caller, body.lora_name, Registration(cause=cause(caller))
+            ),
         )
     )
     service.prefetch(card.ref)
@@ -177,14 +195,14 @@ async def unload_lora_adapter(request: Request, caller: Operator) -> PlainTextRe
         )
     except ModelNotFoundError:
         return PlainTextResponse("Success: no LoRA adapter of that name was loaded.")
+    await _forget(request, caller, name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 def _registration(
-    caller: Principal, service: AdapterService, body: RegisterRequest
+    caller: Principal, service: AdapterService, body: RegisterRequest, told: Registration
 ) -> Callable[[], AdapterCard]:
     """What a JSON registration comes to. Raises RequestError unless it names one source."""
-    told = body.registration(caller)
     source, tenant = body.source, caller.tenant
     if body.path is not None and body.composition is None:
         return partial(
@@ -214,18 +232,39 @@ async def _receive(request: Request, caller: Principal, service: AdapterService)
         async for chunk in request.stream():
             await blocking(partial(reader.feed, chunk))
         texts = reader.finish()
-        name = texts.pop("name")
+        name, data = texts.pop("name"), texts.pop("evaluation", None)
         body = described(texts)
-        return await blocking(
+        if data is not None:
+            await blocking(partial(evaluations(request).check, data, None))
+        card = await blocking(
             partial(
                 service.register_staged,
                 name,
                 staging,
                 tenant=caller.tenant,
                 source=body.source or "upload",
-                registration=body.registration(caller),
+                registration=_admitted(request, caller, name, body.registration(caller)),
             )
         )
+    if data is not None:
+        await blocking(partial(evaluations(request).configure, name, caller.tenant, data=data))
+    return card
+
+
+def _admitted(request: Request, caller: Principal, name: str, told: Registration) -> Registration:
+    """The registration under what the name requires of its versions."""
+    service = measuring(request)
+    return told if service is None else service.admitted(name, caller.tenant, told)
+
+
+async def _forget(request: Request, caller: Principal, name: str) -> None:
+    """A name that is gone takes its evaluations with it."""
+    service = measuring(request)
+    try:
+        adapters(request).entry(name, caller.tenant)
+    except ModelNotFoundError:
+        if service is not None and "@" not in name:
+            await blocking(partial(service.forget, name, caller.tenant))
 
 
 @asynccontextmanager

@@ -107,9 +107,9 @@ async def set_policy(request: Request, caller: Operator, name: str) -> dict[str,
         ),
         SIGNALS,
     )
-    adapters(request).entry(name, caller.tenant)
+    entry = adapters(request).entry(name, caller.tenant)
     actor = _drift(request).monitor.actor
-    await blocking(partial(actor.set_policy, name, policy))
+    await blocking(partial(actor.set_policy, entry, policy))
     logger.info("drift policy of %s by %s: %s", name, caller.actor, policy.action.value)
     return {"name": name, "policy": policy.shown()}
 
@@ -138,7 +138,7 @@ async def add_validation(request: Request, caller: Operator, name: str) -> dict[
         raise RequestError(f"adapter {name!r} has no version {body.version}", param="version")
     add = _drift(request).validations.add
     outcome = await blocking(
-        partial(add, name, body.version, passed=body.passed, by=caller.actor, figures=body.figures)
+        partial(add, entry, body.version, passed=body.passed, by=caller.actor, figures=body.figures)
     )
     return {"name": name, "validation": outcome}
 

@@ -15,6 +15,7 @@ from manyhats.api.handlers import describe_validation
 from manyhats.api.schemas import StrictModel
 from manyhats.errors import RequestError
 from manyhats.lifecycle.audit import MAX_REASON
+from manyhats.lifecycle.evaluation.probes import MAX_CHARS
 from manyhats.lifecycle.records import Registration
 
 MAX_METADATA_CHARS: Final = 16 << 10
@@ -27,6 +28,7 @@ TEXT_FIELDS: Final = {
     "source": 4096,
     "revision": 1024,
     "metadata": 4 * MAX_METADATA_CHARS,
+    "evaluation": 4 * MAX_CHARS,
 }
 """The parts of an upload that are text, and the bound of each, bytes."""
 

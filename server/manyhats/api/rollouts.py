@@ -34,9 +34,13 @@ class Reasoned(StrictModel):
 
 
 class PromoteRequest(Reasoned):
-    """Body of ``promote``. Without ``version`` it is the canary that becomes the stable one."""
+    """Body of ``promote``. Without ``version`` it is the canary that becomes the stable one.
+
+    ``force``, with a reason, promotes a version that its evaluation speaks against.
+    """
 
     version: Version | None = None
+    force: bool = False
 
 
 class ScheduleFields(StrictModel):
@@ -76,11 +80,15 @@ class RetireRequest(Reasoned):
 
 @router.post("/admin/adapters/{name}/promote", openapi_extra=request_body(PromoteRequest))
 async def promote(request: Request, caller: Operator, name: str) -> dict[str, Any]:
-    """Make a version the stable one: every request for the name gets it. A canary ends."""
+    """Make a version the stable one: every request for the name gets it. A canary ends.
+
+    409 for one that has failed its evaluation, or has none where the adapter requires it.
+    """
     body = await read_body(request, PromoteRequest)
     call = adapters(request).rollouts.promote
     why = cause(caller, body.reason)
-    return await _routed(name, partial(call, name, caller.tenant, why, body.version))
+    change = partial(call, name, caller.tenant, why, body.version, force=body.force)
+    return await _routed(name, change)
 
 
 @router.post("/admin/adapters/{name}/canary", openapi_extra=request_body(CanaryRequest))

@@ -12,6 +12,7 @@ from manyhats.drift.build import Drift
 from manyhats.drift.monitor import DriftMonitor
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
+from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -42,6 +43,7 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    evaluations: EvaluationService | None = None
     drift_detection: Drift | None = None
 
     @property

@@ -126,9 +126,19 @@ def show(client: Client, name: Name) -> None:
 
 @app.command("promote")
 @remote
-def promote(client: Client, name: Name, version: MaybeVersion = None, reason: Reason = "") -> None:
+def promote(
+    client: Client,
+    name: Name,
+    version: MaybeVersion = None,
+    *,
+    force: Annotated[
+        bool, typer.Option("--force", help="Against its evaluation; needs a reason.")
+    ] = False,
+    reason: Reason = "",
+) -> None:
     """Make VERSION (default: the canary) the stable one. A canary ends."""
-    _changed(client, client.change(name, "promote", {"version": version, "reason": reason}))
+    body = {"version": version, "force": force or None, "reason": reason}
+    _changed(client, client.change(name, "promote", body))
 
 
 @app.command("canary")

@@ -11,13 +11,14 @@ import orjson
 
 from manyhats.drift.alarms import Alarm
 from manyhats.drift.policy import Decision, Latch, Policy, Step, decide
-from manyhats.drift.store import DriftStore
+from manyhats.drift.store import DriftStore, scope
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.audit import MAX_REASON, Cause
 from manyhats.lifecycle.records import Entry
 from manyhats.lifecycle.rollouts import Rollouts
 from manyhats.lifecycle.routes import Route
 from manyhats.metrics import DriftMetrics
+from manyhats.types import TenantId
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +59,34 @@ class Actor:
         self._notify = notify
         self._clock = clock
 
-    def policy(self, name: str) -> Policy:
+    def policy(self, entry: Entry) -> Policy:
         """The policy of a name: what was set, or to alert. Raises ServiceError."""
-        text = self._store.get(f"policy/{name}")
+        text = self._store.get(f"policy/{scope(entry)}")
         return Policy() if text is None else Policy.load(orjson.loads(text))
 
-    def set_policy(self, name: str, policy: Policy) -> None:
+    def set_policy(self, entry: Entry, policy: Policy) -> None:
         """Raises ServiceError."""
-        self._store.put(f"policy/{name}", orjson.dumps(policy.shown()).decode())
+        self._store.put(f"policy/{scope(entry)}", orjson.dumps(policy.shown()).decode())
 
-    def latch(self, name: str) -> Latch | None:
+    def policies(self) -> Mapping[tuple[TenantId, str], Policy]:
+        """Every policy that was set, by owner and name. Raises ServiceError."""
+        found = {}
+        for key, text in self._store.items("policy/").items():
+            _, owner, name = key.split("/", 2)
+            found[TenantId(owner), name] = Policy.load(orjson.loads(text))
+        return found
+
+    def latch(self, entry: Entry) -> Latch | None:
         """What the automation did to a name the last time. Raises ServiceError."""
-        text = self._store.get(f"latch/{name}")
+        text = self._store.get(f"latch/{scope(entry)}")
         return None if text is None else Latch(**orjson.loads(text))
 
     def act(self, entry: Entry, alarm: Alarm, *, tell: bool = True) -> Outcome:
         """Do what the policy says about ``alarm``; ``tell`` False: the alarm was told before, so
         only a change is. Raises ServiceError where the store fails: nothing is changed then.
         """
-        latch, now = self.latch(entry.name), self._clock()
-        decision = decide(self.policy(entry.name), alarm, entry.route, latch, now)
+        latch, now = self.latch(entry), self._clock()
+        decision = decide(self.policy(entry), alarm, entry.route, latch, now)
         outcome = self._done(entry, alarm, decision, latch, now)
         if outcome.action != "none":
             self._metrics.action(entry.name, outcome.action)
@@ -102,7 +111,7 @@ class Actor:
             return Outcome("failed", error.message, entry.route.shown())
         count = 1 if latch is None else latch.count + 1
         kept = Latch(route.shown(), now, count, decision.step.value, cause.reason)
-        self._store.put(f"latch/{entry.name}", orjson.dumps(kept.shown()).decode())
+        self._store.put(f"latch/{scope(entry)}", orjson.dumps(kept.shown()).decode())
         return Outcome(decision.step.value, decision.why, route.shown())
 
     def _change(self, entry: Entry, decision: Decision, cause: Cause) -> Route:

@@ -13,7 +13,7 @@ from manyhats.drift.reference import SignalSketch
 from manyhats.drift.signals import SIGNALS
 from manyhats.drift.signals.hidden import FITTED, HiddenReference
 from manyhats.drift.store import DriftStore
-from manyhats.drift.watch import References, Sizes, Watch
+from manyhats.drift.watch import References, Sizes, Watch, ident
 from manyhats.types import AdapterRef
 
 _PARTIAL: Final = "reference"
@@ -34,17 +34,17 @@ class Archive:
         Version number i that is ever watched gets ``alpha * share(i)``: the rate of all versions
         together is at most ``alpha``.
         """
-        kept = self._read(f"spent/{ref.digest}")
+        kept = self._read(f"spent/{ident(ref)}")
         order = kept["order"] if kept else len(self._store.items("spent/")) + 1
         watch = Watch(ref, alpha * share(order), sizes, kept["tracks"] if kept else None)
         watch.order = order
         references = References()
-        if partial := self._read(f"{_PARTIAL}/{ref.digest}/{self._replica}"):
+        if partial := self._read(f"{_PARTIAL}/{ident(ref)}/{self._replica}"):
             references = References.load(partial)
             watch.seen = int(partial["seen"])
-        if hidden := self._read(f"hidden/{ref.digest}"):
+        if hidden := self._read(f"hidden/{ident(ref)}"):
             references.hidden = HiddenReference.load(hidden)
-        for key, text in self._store.items(f"frozen/{ref.digest}/").items():
+        for key, text in self._store.items(f"frozen/{ident(ref)}/").items():
             name = key.rsplit("/", 1)[1]
             if name in SIGNALS:
                 references.frozen[name] = SignalSketch.load(SIGNALS[name], orjson.loads(text))
@@ -59,21 +59,21 @@ class Archive:
         taken instead.
         """
         for name in watch.take_newly_frozen():
-            key = f"frozen/{watch.ref.digest}/{name}"
+            key = f"frozen/{watch.ident}/{name}"
             ours = _text(watch.references.frozen[name].dump())
             kept = self._store.put_new(key, ours)
             if kept != ours:
                 watch.replace(name, SignalSketch.load(SIGNALS[name], orjson.loads(kept)))
         hidden = watch.references.hidden
         if hidden.count == FITTED and not watch.hidden_kept:
-            kept = self._store.put_new(f"hidden/{watch.ref.digest}", _text(hidden.dump()))
+            kept = self._store.put_new(f"hidden/{watch.ident}", _text(hidden.dump()))
             watch.references.hidden = HiddenReference.load(orjson.loads(kept))
             watch.hidden_kept = True
 
     def save(self, watch: Watch) -> None:
         """Keep what is being collected and what was spent; freeze what replicas have together."""
-        digest = watch.ref.digest
-        ours = f"{_PARTIAL}/{digest}/{self._replica}"
+        version = watch.ident
+        ours = f"{_PARTIAL}/{version}/{self._replica}"
         references = watch.references
         if not references.collecting and references.hidden.count in (0, FITTED):
             self._store.remove(ours)
@@ -85,22 +85,22 @@ class Archive:
 
     def forget(self, watch: Watch) -> None:
         """Remove a version's references, so that they are collected anew."""
-        digest = watch.ref.digest
-        for prefix in (f"frozen/{digest}/", f"{_PARTIAL}/{digest}/", f"hidden/{digest}"):
+        version = watch.ident
+        for prefix in (f"frozen/{version}/", f"{_PARTIAL}/{version}/", f"hidden/{version}"):
             for key in self._store.items(prefix):
                 self._store.remove(key)
 
-    def alarms(self, name: str) -> list[Alarm]:
-        """The latest alarms of a name."""
-        return [Alarm.load(value) for value in self._read(f"alarms/{name}") or ()]
+    def alarms(self, scope: str) -> list[Alarm]:
+        """The latest alarms of a name (``store.scope``)."""
+        return [Alarm.load(value) for value in self._read(f"alarms/{scope}") or ()]
 
-    def keep_alarms(self, name: str, alarms: Iterable[Alarm]) -> None:
+    def keep_alarms(self, scope: str, alarms: Iterable[Alarm]) -> None:
         """Keep them."""
-        self._store.put(f"alarms/{name}", _text([alarm.shown() for alarm in alarms]))
+        self._store.put(f"alarms/{scope}", _text([alarm.shown() for alarm in alarms]))
 
     def _merge_others(self, watch: Watch, ours: str) -> None:
         """Freeze each signal of which all replicas together have enough."""
-        texts = self._store.items(f"{_PARTIAL}/{watch.ref.digest}/")
+        texts = self._store.items(f"{_PARTIAL}/{watch.ident}/")
         others = [References.load(orjson.loads(text)) for key, text in texts.items() if key != ours]
         if not others:
             return
@@ -115,7 +115,7 @@ class Archive:
 
     def _save_spent(self, watch: Watch) -> None:
         kept = {"order": watch.order, "tracks": watch.spent()}
-        self._store.put(f"spent/{watch.ref.digest}", _text(kept))
+        self._store.put(f"spent/{watch.ident}", _text(kept))
 
     def _read(self, key: str) -> Any:
         text = self._store.get(key)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from manyhats.config import Settings
 from manyhats.drift.actions import Actor
 from manyhats.drift.archive import Archive
 from manyhats.drift.monitor import DriftMonitor, Names, Options
 from manyhats.drift.rescoring import Compare, Rescorer
+from manyhats.drift.revalidation import Evaluations, Owned, Revalidation
 from manyhats.drift.store import DriftStore
 from manyhats.drift.store_redis import RedisDriftStore
 from manyhats.drift.store_sqlite import SqliteDriftStore
@@ -28,26 +30,44 @@ from manyhats.metrics import DriftMetrics
 _PARTS: Final = 8
 
 
+class AllNames(Names, Owned, Protocol):
+    """The names as tenants and as owners see them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Drift detection of one server. ``rescorer`` is None where nothing is scored again."""
+    """Drift detection of one server. ``rescorer`` is None where nothing is scored again,
+    ``revalidation`` where nothing can be evaluated.
+    """
 
     monitor: DriftMonitor
     validations: Validations
     rescorer: Rescorer | None
+    revalidation: Revalidation | None
     close: Callable[[], None]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """All of it runs while the block does; ``close`` ends the monitor's thread."""
+        self.monitor.start()
+        async with AsyncExitStack() as running:
+            for task in (self.rescorer, self.revalidation):
+                if task is not None:
+                    await running.enter_async_context(task.running())
+            yield
 
 
 def open_drift(
     settings: Settings,
     path: Path,
     *,
-    names: Names,
+    names: AllNames,
     rollouts: Rollouts,
     metrics: DriftMetrics,
     decode: Callable[[tuple[int, ...]], str],
     compare: Compare | None = None,
     longest: int = 0,
+    evaluations: Evaluations | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Drift:
     """Drift detection over the SQLite file ``path``, or where ``redis_url`` says; not started.
@@ -83,7 +103,10 @@ def open_drift(
             webhook.close()
         store.close()
 
-    return Drift(monitor, validations, rescorer, close)
+    again = None
+    if evaluations is not None:
+        again = Revalidation(evaluations, names, actor, validations, clock)
+    return Drift(monitor, validations, rescorer, again, close)
 
 
 def options_of(settings: Settings) -> Options:

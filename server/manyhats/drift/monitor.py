@@ -25,8 +25,9 @@ from manyhats.drift.signals.output import output_signals
 from manyhats.drift.signals.prompt import prompt_signals
 from manyhats.drift.signals.rescored import Rescored, rescored_signals
 from manyhats.drift.signals.service import service_signals
+from manyhats.drift.store import scope
 from manyhats.drift.validation import Validations, warnings
-from manyhats.drift.watch import HIDDEN, References, Sizes, Watch
+from manyhats.drift.watch import HIDDEN, References, Sizes, Watch, ident
 from manyhats.drift.worker import Worker
 from manyhats.errors import ModelNotFoundError
 from manyhats.lifecycle.records import Entry
@@ -158,14 +159,15 @@ class DriftMonitor:
 
     def watch(self, ref: AdapterRef) -> Watch:
         """The watch on a version, begun where there is none. Hold ``lock``. Raises ServiceError."""
-        found = self._watches.get(ref.digest)
+        key = ident(ref)
+        found = self._watches.get(key)
         if found is None:
             found = self.archive.open(ref, self.options.alpha, self.options.sizes)
-            self._watches[ref.digest] = found
+            self._watches[key] = found
             while len(self._watches) > self.options.versions:
                 _, gone = self._watches.popitem(last=False)
                 self.archive.save(gone)
-        self._watches.move_to_end(ref.digest)
+        self._watches.move_to_end(key)
         return found
 
     def forget(self, ref: AdapterRef) -> None:
@@ -181,11 +183,12 @@ class DriftMonitor:
         """Wait until everything that was told so far has been looked at, and acted on."""
         self._worker.settle()
 
-    def past_alarms(self, name: str) -> deque[Alarm]:
+    def past_alarms(self, entry: Entry) -> deque[Alarm]:
         """The latest alarms of a name, oldest first. Hold ``lock``."""
-        kept = self.alarms.get(name)
+        key = scope(entry)
+        kept = self.alarms.get(key)
         if kept is None:
-            kept = self.alarms[name] = deque(self.archive.alarms(name), maxlen=ALARMS_KEPT)
+            kept = self.alarms[key] = deque(self.archive.alarms(key), maxlen=ALARMS_KEPT)
         return kept
 
     def _look_at(self, done: Finished) -> None:
@@ -238,12 +241,12 @@ class DriftMonitor:
     def _raised(self, alarm: Alarm, entry: Entry | None, tenant: TenantId) -> None:
         name, signal = alarm.name, alarm.finding.signal
         self.metrics.alarm(name, signal)
-        kept = self.past_alarms(name)
-        kept.append(alarm)
-        self.archive.keep_alarms(name, kept)
         if entry is None:
             return
-        self._standing[name, alarm.digest, signal] = _Standing(alarm, tenant)
+        kept = self.past_alarms(entry)
+        kept.append(alarm)
+        self.archive.keep_alarms(scope(entry), kept)
+        self._standing[name, f"{name}@{alarm.digest}", signal] = _Standing(alarm, tenant)
         self._routes.setdefault(name, (entry.route, tenant))
         self.actor.act(entry, alarm)
         self._follow(name, tenant)
@@ -271,7 +274,7 @@ class DriftMonitor:
         for key in [key for key in self._standing if key[0] == name]:
             del self._standing[key]
         for record in entry.versions if entry else ():
-            if watch := self._watches.get(record.ref.digest):
+            if watch := self._watches.get(ident(record.ref)):
                 watch.begin_anew()
 
     def _follow(self, name: str, tenant: TenantId) -> None:
@@ -309,7 +312,7 @@ class DriftMonitor:
 
     def _look_at_age(self, entry: Entry) -> None:
         """Whether the stable version's validation is too old, and whether it retires soon."""
-        policy = self.actor.policy(entry.name)
+        policy = self.actor.policy(entry)
         self.metrics.stale(entry.name, self.validations.is_stale(entry, policy))
         for text in warnings(entry, policy, self.clock()):
             ident = f"{entry.name}@{entry.route.stable}"

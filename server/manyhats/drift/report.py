@@ -23,7 +23,7 @@ def report(monitor: DriftMonitor, validations: Validations, entry: Entry) -> dic
     alarms, the policy, what the automation has done. Raises ServiceError.
     """
     routed = [r for r in entry.versions if entry.route.holds(r.ref.version)]
-    policy, latch = monitor.actor.policy(entry.name), monitor.actor.latch(entry.name)
+    policy, latch = monitor.actor.policy(entry), monitor.actor.latch(entry)
     latched = latch is not None and latch.route == entry.route.shown()
     with monitor.lock:
         return {
@@ -32,7 +32,7 @@ def report(monitor: DriftMonitor, validations: Validations, entry: Entry) -> dic
             "policy": policy.shown(),
             "latch": None if latch is None else {**latch.shown(), "holds": latched},
             "versions": [_version(monitor, record, entry) for record in routed],
-            "alarms": [alarm.shown() for alarm in monitor.past_alarms(entry.name)],
+            "alarms": [alarm.shown() for alarm in monitor.past_alarms(entry)],
             "validation": validations.shown(entry, policy),
         }
 

@@ -1,15 +1,21 @@
 """What drift detection keeps: one protocol, embedded (SQLite) or shared by replicas (Redis).
 
-Texts by key, all JSON: ``reference/<digest>/<replica>`` and ``frozen/<digest>`` (sketches),
-``window/<digest>/<replica>`` (the latest windows, to be shown merged), ``spent/<digest>``,
-``policy/<name>``, ``latch/<name>``, ``alarms/<name>``, ``validation/<name>``. A version goes by the
-digest of its content: replicas need not number their versions alike.
+Texts by key, all JSON. Of a version, ``watch.ident``: ``reference/<version>/<replica>`` (what is
+being collected), ``frozen/<version>/<signal>``, ``hidden/<version>``, ``spent/<version>``. Of a
+name, ``scope``: ``policy/``, ``latch/``, ``alarms/`` and ``validation/<owner>/<name>``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
+
+from manyhats.lifecycle.records import Entry
+
+
+def scope(entry: Entry) -> str:
+    """``owner/name``: whoever gets a name that was another tenant's before finds nothing of it."""
+    return f"{entry.owner}/{entry.name}"
 
 
 class DriftStore(Protocol):

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from manyhats.drift.policy import Policy
-from manyhats.drift.store import DriftStore
+from manyhats.drift.store import DriftStore, scope
 from manyhats.lifecycle.records import Entry
 
 logger = logging.getLogger(__name__)
@@ -30,28 +30,35 @@ class Validations:
         self._clock = clock
 
     def add(
-        self, name: str, version: int, *, passed: bool, by: str, figures: Mapping[str, float]
+        self,
+        entry: Entry,
+        version: int,
+        *,
+        passed: bool,
+        by: str,
+        figures: Mapping[str, float | None],
+        at: float | None = None,
     ) -> dict[str, Any]:
-        """One outcome more; it as it is kept."""
+        """One outcome more, of Unix time ``at`` (None: now); it as it is kept."""
         outcome = {
             "version": version,
-            "at": self._clock(),
+            "at": self._clock() if at is None else at,
             "passed": passed,
             "by": by,
             "figures": dict(figures),
         }
-        series = [*self.series(name), outcome][-KEPT:]
-        self._store.put(f"validation/{name}", orjson.dumps(series).decode())
+        series = [*self.series(entry), outcome][-KEPT:]
+        self._store.put(f"validation/{scope(entry)}", orjson.dumps(series).decode())
         return outcome
 
-    def series(self, name: str) -> list[dict[str, Any]]:
+    def series(self, entry: Entry) -> list[dict[str, Any]]:
         """The outcomes of a name, oldest first."""
-        text = self._store.get(f"validation/{name}")
+        text = self._store.get(f"validation/{scope(entry)}")
         return [] if text is None else list(orjson.loads(text))
 
     def shown(self, entry: Entry, policy: Policy) -> dict[str, Any]:
         """The state of the stable version: ``stale``, when it is due and retires, the series."""
-        series = self.series(entry.name)
+        series = self.series(entry)
         now = self._clock()
         return {
             "stale": self.is_stale(entry, policy),
@@ -76,7 +83,7 @@ class Validations:
             return None
         passed = [
             float(outcome["at"])
-            for outcome in self.series(entry.name)
+            for outcome in self.series(entry)
             if outcome["passed"] and outcome["version"] == stable.ref.version
         ]
         return max(passed, default=float(stable.created)) + policy.revalidate_s

@@ -43,6 +43,13 @@ class Sizes:
         return self.rescored if small else self.live
 
 
+def ident(ref: AdapterRef) -> str:
+    """``name@digest``: replicas need not number versions alike, and two names that have the same
+    content (of two tenants, say) share nothing.
+    """
+    return f"{ref.name}@{ref.digest}"
+
+
 class References:
     """A version's references: collected, merged with other replicas', frozen one signal at a time.
 
@@ -109,6 +116,11 @@ class Watch:
         self.feedback: deque[Feedback] = deque(maxlen=FEEDBACK_KEPT)
         self._newly_frozen: list[str] = []
         self._beside = {"count": 0.0, "kl": 0.0, "agreement": 0.0}
+
+    @property
+    def ident(self) -> str:
+        """Name and content: what the store and the monitor call the version."""
+        return ident(self.ref)
 
     def compare_with(self, stable: References | None) -> None:
         """The version is a canary beside one with these references; None: it is not, or no more."""

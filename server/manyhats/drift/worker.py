@@ -84,6 +84,6 @@ class Worker:
         except ManyhatsError as error:
             self._dropped("failed")
             logger.error("drift: %s", error.message)
-        except Exception:  # noqa: BLE001 - a defect, logged with its place
+        except Exception:
             self._dropped("failed")
             logger.exception("drift detection failed")

@@ -24,6 +24,7 @@ from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.no_adapters import NoAdapters
+from manyhats.engine.parity import ParityCheck, Unregistered
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
@@ -50,6 +51,7 @@ class Engine:
     residency: AdapterResidency | None
     grammars: Grammars
     kernels: Resolved
+    parity: ParityCheck | None
 
 
 def build_engine(
@@ -72,6 +74,7 @@ def build_engine(
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
     pool, residency = None, None
+    unregistered = Unregistered(load_adapter)
     modules = site_modules(base.module, base.spec)
     for module in modules.values():
         unhook(module)
@@ -80,7 +83,7 @@ def build_engine(
         residency = AdapterResidency(
             SlotTable(settings.slots, pool.capacity),
             pool,
-            load_adapter,
+            unregistered,
             host_bytes=settings.host_cache_mb << 20,
             limits=AdapterLimits.of(settings),
             post=mailbox.post,
@@ -89,9 +92,10 @@ def build_engine(
     install_projections(modules, base.shared, base.dtype, kernels.backend, state)
     scheduler = _scheduler(settings, base, blocks, residency or NoAdapters(), shares)
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
+    runner = _runner(settings, base, kernels, pool, state, blocks.num_blocks)
     loop = EngineLoop(
         scheduler=scheduler,
-        runner=_runner(settings, base, kernels, pool, state, blocks.num_blocks),
+        runner=runner,
         postprocessor=Postprocessor(
             sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
             tokenizer=base.tokenizer.backend,
@@ -117,7 +121,10 @@ def build_engine(
         base.tokenizer,
         max_compared_tokens=(settings.compare_mb << 20) // (base.vocab_size * base.dtype.itemsize),
     )
-    return Engine(base, loop, client, residency, grammars, kernels)
+    parity = None
+    if residency is not None and settings.parity_probe:
+        parity = ParityCheck(base, loop, client, runner, blocks, residency, unregistered)
+    return Engine(base, loop, client, residency, grammars, kernels, parity)
 
 
 def _scheduler(

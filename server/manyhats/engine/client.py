@@ -19,6 +19,7 @@ from manyhats.engine.interface import (
     Tokenizer,
 )
 from manyhats.engine.loop import EngineLoop
+from manyhats.engine.postprocess import RowProbe
 from manyhats.errors import RequestError
 from manyhats.types import GenerationRequest, OutputDelta, Priority, SamplingParams
 
@@ -136,10 +137,7 @@ class AsyncEngine:
                     priority=Priority.BACKGROUND,
                     scores_from=request.answer_start,
                 )
-                async with aclosing(self._run(lane, probe)) as deltas:
-                    async for delta in deltas:
-                        if delta.error is not None:
-                            raise delta.error
+                await self.probe(lane, probe)
                 probes.append(probe)
         return tuple(probe.scores() for probe in probes)
 
@@ -164,8 +162,17 @@ class AsyncEngine:
         """See ``EngineClient.generate``."""
         return self._run(request, None)
 
+    async def probe(self, request: GenerationRequest, probe: RowProbe) -> None:
+        """Gives ``probe`` the rows of the request's prompt. Raises what ``generate`` does, and the
+        request's error.
+        """
+        async with aclosing(self._run(request, probe)) as deltas:
+            async for delta in deltas:
+                if delta.error is not None:
+                    raise delta.error
+
     async def _run(
-        self, request: GenerationRequest, probe: LaneProbe | None
+        self, request: GenerationRequest, probe: RowProbe | None
     ) -> AsyncGenerator[OutputDelta, None]:
         queue = self._postbox.open(request.request_id)
         open_choices = len(request.params)

@@ -52,7 +52,7 @@ class LaneProbe:
         self._entropies: list[float] = []
         self._divergences: list[float] = []
 
-    def rows(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    def rows(self, logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
         """The next rows in order: ``logits`` [R, V] in the model's dtype, ``hidden`` [R, H], what
         the head was given. Raises EngineFailedError where a row has no finite maximum.
         """
@@ -62,8 +62,9 @@ class LaneProbe:
             )
         if self._keep:
             self._kept.append(logits.clone())
-        total = hidden.float().sum(0)
-        self._hidden = total if self._hidden is None else self._hidden + total
+        if hidden is not None:
+            total = hidden.float().sum(0)
+            self._hidden = total if self._hidden is None else self._hidden + total
         begin = len(self._logprobs)
         for start in range(0, len(logits), _CHUNK):
             chunk = logits[start : start + _CHUNK]

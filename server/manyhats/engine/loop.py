@@ -8,7 +8,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +25,8 @@ from manyhats.types import GenerationRequest, OutputDelta, Priority, Schedule
 from manyhats.types import Sequence as LiveSequence
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 Deliver = Callable[[Sequence[OutputDelta]], None]
 
@@ -106,6 +110,22 @@ class EngineLoop:
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; nothing more is delivered for it."""
         self._mailbox.post(partial(self._end, request_id))
+
+    def between_steps(self, work: Callable[[], _T]) -> Future[_T]:
+        """``work`` done on the step thread, between two steps; must be short.
+
+        Nothing comes of it where the step loop does not run.
+        """
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001 - it is the waiting caller's
+                future.set_exception(error)
+
+        self._mailbox.post(run)
+        return future
 
     def stats(self) -> EngineStats:
         """The latest snapshot, at most a tenth of a second old while steps run."""

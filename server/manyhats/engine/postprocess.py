@@ -29,10 +29,11 @@ from manyhats.types import Sequence as LiveSequence
 
 
 class RowProbe(Protocol):
-    """Looks at the rows of a background request's prompt in place of scoring them."""
+    """Looks at the rows of a request's prompt in place of scoring them."""
 
-    def rows(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        """The next rows in order: [R, V], and what the head made them of, [R, H].
+    def rows(self, logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
+        """The next rows in order: [R, V], and what the head made them of, [R, H], where the request
+        is a background one.
 
         May raise ManyhatsError, which ends the request.
         """
@@ -132,8 +133,9 @@ class Postprocessor:
         live.scored += len(rows.logits) - done
         targets = sequence.token_ids[rows.first + done + 1 : rows.first + len(rows.logits) + 1]
         try:
-            if live.probe is not None and rows.hidden is not None:
-                live.probe.rows(rows.logits[done:], rows.hidden[done:])
+            if live.probe is not None:
+                hidden = rows.hidden[done:] if rows.hidden is not None else None
+                live.probe.rows(rows.logits[done:], hidden)
                 return
             live.prompt_logprobs += self._sampler.prompt_logprobs(
                 rows.logits[done:], targets, sequence.params.prompt_logprobs or 0, sequence.adapter

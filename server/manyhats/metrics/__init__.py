@@ -4,7 +4,8 @@
 named, ``base`` for the bare base, or ``other``: the first N names to arrive keep a label of their
 own (N = the setting ``metrics_adapters``), so the label has at most N + 2 values; ``tenant``
 likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
-one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a template of the
+one of four finish reasons; ``measure`` is a field of ``lifecycle.evaluation.gate.Thresholds``;
+``tier`` is ``host`` or ``device``; ``route`` is a template of the
 application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
 ``status`` is an HTTP status; ``backend`` has one value, the kernels in use.
 
@@ -33,6 +34,8 @@ manyhats_tenant_requests_total        counter    tenant                 requests
 manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
+manyhats_evaluation                   gauge      adapter, measure       its last evaluation
+manyhats_evaluation_passed            gauge      adapter                ... 1 where it passed
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
@@ -60,8 +63,9 @@ of drift detection.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -138,6 +142,7 @@ class Metrics:
         self._declare_engine()
         self._declare_tenants()
         self.drift = DriftMetrics(self.registry, self._cap)
+        self._declare_evaluations()
         self.registry.register(self._snapshot)
 
     def watch(self, stats: Callable[[], StatsView]) -> None:
@@ -162,6 +167,13 @@ class Metrics:
         self._tenant_requests.labels(label).inc()
         self._tenant_prompt_tokens.labels(label).inc(prompt_tokens)
         self._tenant_output_tokens.labels(label).inc(output_tokens)
+
+    def evaluated(self, adapter: str, values: Mapping[str, float | None], passed: bool) -> None:
+        """A version of the adapter was evaluated; a value of None is undefined."""
+        label = self._cap.label(adapter)
+        for measure, value in values.items():
+            self._evaluation.labels(label, measure).set(math.nan if value is None else value)
+        self._evaluation_passed.labels(label).set(passed)
 
     def refused(self, tenant: str, quota: str) -> None:
         """A request was refused; ``quota`` is the field's name."""
@@ -280,6 +292,20 @@ class Metrics:
         self._evictions = self._counter("adapter_evictions", "Adapters that left a tier.", placed)
         self._load_failures = self._counter(
             "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
+        )
+
+    def _declare_evaluations(self) -> None:
+        self._evaluation = Gauge(
+            "manyhats_evaluation",
+            "Measures of the adapter's last evaluation.",
+            ("adapter", "measure"),
+            registry=self.registry,
+        )
+        self._evaluation_passed = Gauge(
+            "manyhats_evaluation_passed",
+            "Whether the adapter's last evaluation was passed.",
+            ("adapter",),
+            registry=self.registry,
         )
 
     def _declare_tenants(self) -> None:
