@@ -60,7 +60,7 @@ class Options:
     canary_share: float
     alpha: float
     queue: int = 4096
-    versions: int = 512
+    versions: int = 256
     remembered: int = 100_000
     tick_s: float = 1.0
     save_s: float = 60.0
