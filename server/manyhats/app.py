@@ -43,7 +43,7 @@ from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.evaluation.store import EvaluationStore
-from manyhats.lifecycle.loading import load_adapter
+from manyhats.lifecycle.loading import checked, load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
@@ -100,7 +100,9 @@ def build(settings: Settings) -> Application:
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=engine.parity.checked(compile_folder) if engine.parity else compile_folder,
+        compile_folder=checked(compile_folder, engine.parity.check)
+        if engine.parity
+        else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
@@ -122,6 +124,21 @@ def build(settings: Settings) -> Application:
         evaluations=evaluations,
         drift_detection=watching,
     )
+    api = _api(state, engine, adapters, tenancy, evaluations, watching)
+    ended = () if watching is None else (watching.close,)
+    closing = (*ended, registry.close, store.close, tenancy.close)
+    return Application(settings, engine, adapters, api, closing)
+
+
+def _api(
+    state: ApiState,
+    engine: Engine,
+    adapters: AdapterService,
+    tenancy: Tenancy,
+    evaluations: EvaluationService,
+    watching: Drift | None,
+) -> FastAPI:
+    """Every route over ``state``, and what runs while they are served."""
     modules = (admin, evaluations_api, drift, rollouts, sharing, tenants, usage)
     lifespan = partial(
         _lifespan,
@@ -131,10 +148,7 @@ def build(settings: Settings) -> Application:
         evaluations=evaluations,
         watching=watching,
     )
-    api = create_api(state, [module.router for module in modules], lifespan)
-    ended = () if watching is None else (watching.close,)
-    closing = (*ended, registry.close, store.close, tenancy.close)
-    return Application(settings, engine, adapters, api, closing)
+    return create_api(state, [module.router for module in modules], lifespan)
 
 
 def _drift(

@@ -18,7 +18,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from manyhats import __version__
-from manyhats.commands import adapters, drift, evaluate, tenants
+from manyhats.commands import adapters, drift, tenants
 from manyhats.config import Dtype, Settings, unknown_variables
 from manyhats.errors import ConfigError, RequestError
 
@@ -31,7 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-evaluate.add_to(adapters.app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(drift.app, name="drift")

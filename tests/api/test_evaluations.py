@@ -232,7 +232,7 @@ def test_rules_are_held_against_what_the_version_says(tmp_path):
 
 def test_an_evaluation_that_cannot_be_done_says_why(tmp_path):
     async def scenario(client: Client) -> None:
-        await client.register("a", 1, 1e18)
+        await client.register("a", 1, 1e19)
         _, found = await client.evaluate("a")
         assert found["report"] is None
         assert found["job"]["state"] == "failed"
@@ -244,7 +244,7 @@ def test_an_evaluation_that_cannot_be_done_says_why(tmp_path):
 
 def test_a_version_that_overflows_is_refused_at_registration(tmp_path):
     async def scenario(client: Client) -> None:
-        refused = await client.register("a", 1, 1e18, status=400)
+        refused = await client.register("a", 1, 1e19, status=400)
         assert "parity_mismatch: " in refused["error"]["message"]
         await client.call("GET", "/a", status=404)
         cache = (await client.http.get("/admin/cache")).json()

@@ -8,7 +8,7 @@ import pytest
 from fastapi import APIRouter
 from support.api import Api, settings_of
 
-from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import admin, evaluations, rollouts, sharing, tenants, usage
 from manyhats.api.auth import OPEN_ROUTES, needed_role
 from manyhats.tenancy.model import Role, Tenant
 
@@ -29,7 +29,7 @@ async def new_route() -> str:
 
 def make(**settings) -> tuple[Api, dict[Role, str]]:
     """The whole application, two routes whose author thought of nothing, and a key of each role."""
-    own = (admin, rollouts, sharing, tenants, usage)
+    own = (admin, evaluations, rollouts, sharing, tenants, usage)
     routers = [*(module.router for module in own), forgetful]
     api = Api(settings=settings_of(**KEYS, **settings), routers=routers)
     api.tenants.create(Tenant(id="acme"))

@@ -12,9 +12,15 @@ from support.random_parts import random_adapter
 
 from manyhats.engine.parity import Unregistered
 from manyhats.errors import AdapterLoadError, AdapterRejectedError
+from manyhats.types import AdapterRef, Digest
 
 KINDS = ("scales and more", "everything", "gain", "norm bias", "soft prompt", "head rows",
          "embedding rows", "embedding low_rank", "dense", "fusion", "stack")  # fmt: skip
+
+
+def check(engine, adapter):
+    ref = AdapterRef("new", 1, Digest(f"unregistered-{adapter.digest}"), adapter.virtual_tokens)
+    return engine.engine.parity.check(ref, adapter)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def engine(base, home):
 def test_every_kind_of_part_agrees(engine, base):
     weights = {n: p.detach().clone() for n, p in base.module.named_parameters()}
     for kind in KINDS:
-        parity = engine.engine.parity.check(random_adapter(kind, base.spec))
+        parity = check(engine, random_adapter(kind, base.spec))
         assert parity is not None, kind
         assert parity.agrees, (kind, parity)
     for name, parameter in base.module.named_parameters():
@@ -41,7 +47,7 @@ def test_every_kind_of_part_agrees(engine, base):
 
 
 def test_a_prefix_is_not_compared(engine, base):
-    assert engine.engine.parity.check(random_adapter("prefix", base.spec)) is None
+    assert check(engine, random_adapter("prefix", base.spec)) is None
 
 
 @pytest.mark.parametrize("wrong", ["rows", "scale", "nothing"])
@@ -64,17 +70,17 @@ def test_a_pool_that_differs_is_seen_with_its_numbers(engine, base, monkeypatch,
 
     monkeypatch.setattr(pool, "write", bad)
     with pytest.raises(AdapterRejectedError, match=r"parity_mismatch: .*relative error") as refusal:
-        engine.engine.parity.check(random_adapter("low_rank", base.spec))
+        check(engine, random_adapter("low_rank", base.spec))
     assert refusal.value.reason == "parity_mismatch"
 
 
 def test_it_leaves_nothing_behind_and_needs_a_running_engine(base, home):
     local = LocalEngine(base, home, {})
     adapter = random_adapter("low_rank", base.spec)
-    assert local.engine.parity.check(adapter) is None
+    assert check(local, adapter) is None
     with local as engine:
         engine.engine.loop._deliver = engine.engine.client._postbox.deliver
-        assert engine.engine.parity.check(adapter) is not None
+        assert check(engine, adapter) is not None
         engine.engine.loop.between_steps(lambda: None).result(10)
         assert engine.engine.residency.residents() == ()
         assert engine.engine.residency.host.bytes_used == 0

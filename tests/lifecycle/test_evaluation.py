@@ -144,6 +144,7 @@ def test_a_bad_pair_is_named_by_line_and_field(line, words):
         ({"must_match": "("}, "no regular expression"),
         ({"json_schema": {"type": "nothing"}}, "json_schema: "),
         ({"must_match": "a", "max_tokens": 0}, "max_tokens: "),
+        ({"json_schema": {"items": {"patternProperties": {}}}}, "patternProperties"),
     ],
 )
 def test_a_bad_rule_is_named(fields, words):
@@ -173,9 +174,12 @@ def test_rules():
     assert broken('{"b": 1}', json_schema=schema) == "json_schema"
     assert broken("a: 1", json_schema=schema) == "json_schema: the answer is not JSON"
     away = {"$ref": "http://127.0.0.1:1/x"}
-    assert "json_schema: " in broken("{}", json_schema=away)
-    slow = broken("a" * 40 + "!", must_match=r"^(a|a|aa)+$")
-    assert slow is not None
+    assert "cannot be held" in broken("{}", json_schema=away)
+    evil, answer = r"^(a|a|aa)+$", "a" * 60 + "!"
+    assert "took over 0.5 s" in broken(answer, must_match=evil)
+    assert "cannot be held" in broken(json.dumps(answer), json_schema={"pattern": evil})
+    assert broken('"ab"', json_schema={"pattern": "^a"}) is None
+    assert broken('"ba"', json_schema={"pattern": "^a"}) == "json_schema"
 
 
 def test_tokens_of_pairs_and_conversations():

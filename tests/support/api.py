@@ -19,6 +19,7 @@ from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.drift.build import Drift
+from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
@@ -45,6 +46,8 @@ class Api:
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    evaluations: EvaluationService | None = None
+
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
             ApiState(
@@ -55,6 +58,7 @@ class Api:
                 self.grammar,
                 self.tenants,
                 drift_detection=self.drift,
+                evaluations=self.evaluations,
             ),
             self.routers,
         )

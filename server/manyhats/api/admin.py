@@ -72,7 +72,7 @@ async def register(request: Request, caller: Operator) -> dict[str, Any]:
         card = await _receive(request, caller, service)
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
-        told = _admitted(request, caller, body.name, body.registration(caller))
+        told = await _admitted(request, caller, body.name, body.registration(caller))
         card = await blocking(_registration(caller, service, body, told))
     else:
         raise ContentTypeError(
@@ -171,7 +171,7 @@ async def load_lora_adapter(request: Request, caller: Operator) -> PlainTextResp
             body.lora_name,
             body.lora_path,
             tenant=caller.tenant,
-            registration=_admitted(
+            registration=await _admitted(
                 request, caller, body.lora_name, Registration(cause=cause(caller))
             ),
         )
@@ -243,7 +243,7 @@ async def _receive(request: Request, caller: Principal, service: AdapterService)
                 staging,
                 tenant=caller.tenant,
                 source=body.source or "upload",
-                registration=_admitted(request, caller, name, body.registration(caller)),
+                registration=await _admitted(request, caller, name, body.registration(caller)),
             )
         )
     if data is not None:
@@ -251,10 +251,14 @@ async def _receive(request: Request, caller: Principal, service: AdapterService)
     return card
 
 
-def _admitted(request: Request, caller: Principal, name: str, told: Registration) -> Registration:
+async def _admitted(
+    request: Request, caller: Principal, name: str, told: Registration
+) -> Registration:
     """The registration under what the name requires of its versions."""
     service = measuring(request)
-    return told if service is None else service.admitted(name, caller.tenant, told)
+    if service is None:
+        return told
+    return await blocking(partial(service.admitted, name, caller.tenant, told))
 
 
 async def _forget(request: Request, caller: Principal, name: str) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from manyhats.commands import evaluate
 from manyhats.commands.client import Client, adapter_path, add_row, fail, remote
 from manyhats.lifecycle.audit import broken_link
 
@@ -19,6 +20,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+evaluate.add_to(app)
 
 Name = Annotated[str, typer.Argument(metavar="NAME")]
 MaybeVersion = Annotated[int | None, typer.Argument(min=1, metavar="[VERSION]")]

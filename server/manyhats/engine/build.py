@@ -81,15 +81,7 @@ def build_engine(
         unhook(module)
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
-        residency = AdapterResidency(
-            SlotTable(settings.slots, pool.capacity),
-            pool,
-            unregistered,
-            host_bytes=settings.host_cache_mb << 20,
-            limits=AdapterLimits.of(settings),
-            post=mailbox.post,
-            observer=observer,
-        )
+        residency = _residency(settings, pool, unregistered, mailbox, observer)
     install_projections(modules, base.shared, base.dtype, kernels.backend, state)
     scheduler = _scheduler(settings, base, blocks, residency or NoAdapters(), shares)
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
@@ -115,17 +107,42 @@ def build_engine(
         max_background=settings.max_background,
         threads=settings.threads,
     )
-    client = AsyncEngine(
-        loop,
-        postbox,
-        _model_info(settings, base, kernels),
-        base.tokenizer,
-        max_compared_tokens=(settings.compare_mb << 20) // (base.vocab_size * base.dtype.itemsize),
-    )
+    client = _client(settings, base, kernels, loop, postbox)
     parity = None
     if residency is not None and settings.parity_probe:
         parity = ParityCheck(base, loop, client, runner, blocks, residency, unregistered)
     return Engine(base, loop, client, residency, grammars, kernels, parity)
+
+
+def _residency(
+    settings: Settings,
+    pool: AdapterPool,
+    load: Unregistered,
+    mailbox: Mailbox,
+    observer: EngineObserver,
+) -> AdapterResidency:
+    return AdapterResidency(
+        SlotTable(settings.slots, pool.capacity),
+        pool,
+        load,
+        host_bytes=settings.host_cache_mb << 20,
+        limits=AdapterLimits.of(settings),
+        post=mailbox.post,
+        observer=observer,
+    )
+
+
+def _client(
+    settings: Settings, base: BaseModel, kernels: Resolved, loop: EngineLoop, postbox: Postbox
+) -> AsyncEngine:
+    row_bytes = base.vocab_size * base.dtype.itemsize
+    return AsyncEngine(
+        loop,
+        postbox,
+        _model_info(settings, base, kernels),
+        base.tokenizer,
+        max_compared_tokens=(settings.compare_mb << 20) // row_bytes,
+    )
 
 
 def _scheduler(

@@ -65,8 +65,11 @@ class Postbox:
             if mail is not None:
                 batches.setdefault(mail.loop, {}).setdefault(delta.request_id, []).append(delta)
         for loop, batch in batches.items():
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(self._hand_out, batch)
+            except RuntimeError:  # it is closed: nobody reads any longer
+                if not loop.is_closed():
+                    raise
 
     def _hand_out(self, batch: dict[str, list[OutputDelta]]) -> None:
         for request_id, deltas in batch.items():

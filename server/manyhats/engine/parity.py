@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -127,21 +126,10 @@ class ParityCheck:
         self._unregistered = unregistered
         self._prompts = _prompts(base.vocab_size)
 
-    def checked(
-        self, compile_folder: Callable[[Path], CompiledAdapter]
-    ) -> Callable[[Path], CompiledAdapter]:
-        """``compile_folder`` that also raises AdapterRejectedError ``parity_mismatch``."""
-
-        def run(folder: Path) -> CompiledAdapter:
-            adapter = compile_folder(folder)
-            self.check(adapter)
-            return adapter
-
-        return run
-
-    def check(self, adapter: CompiledAdapter) -> Parity | None:
+    def check(self, ref: AdapterRef, adapter: CompiledAdapter) -> Parity | None:
         """Raises AdapterRejectedError where the engine disagrees with the adapter's parts.
 
+        ``ref``: what the engine calls it meanwhile, with a digest that is nobody else's.
         None where nothing was compared: the engine does not run yet (adapters of the start), or
         the adapter has a prefix, whose only arithmetic is the copy. Raises ServiceError as well
         (no answer), and what the engine says of a request.
@@ -149,11 +137,9 @@ class ParityCheck:
         prefixed = any(parts.prefix is not None for parts in adapter.sites.values())
         if prefixed or not self._client.ready:
             return None
-        digest = Digest(f"parity-{secrets.token_hex(16)}")
-        ref = AdapterRef("(parity)", 1, digest, adapter.virtual_tokens)
         started = time.monotonic()
         try:
-            with self._unregistered.hold(replace(adapter, digest=digest)):
+            with self._unregistered.hold(replace(adapter, digest=ref.digest)):
                 served = [self._served(ref, ids) for ids in self._prompts]
         except TimeoutError:
             raise ServiceError("the parity probe had no answer; try again later") from None

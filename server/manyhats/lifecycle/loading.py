@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,23 @@ class Residency(Protocol):
 
     def drop(self, ref: AdapterRef) -> None:
         """No new lease on the version; its memory goes now, or with the last lease."""
+
+
+def checked(
+    compile_folder: Compile, check: Callable[[AdapterRef, CompiledAdapter], object]
+) -> Compile:
+    """``compile_folder`` that asks the engine too, under a name that nobody can ask for.
+
+    ``check`` raises AdapterRejectedError.
+    """
+
+    def run(folder: Path) -> CompiledAdapter:
+        adapter = compile_folder(folder)
+        digest = Digest(f"unregistered-{secrets.token_hex(16)}")
+        check(AdapterRef("(unregistered)", 1, digest, adapter.virtual_tokens), adapter)
+        return adapter
+
+    return run
 
 
 def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:

@@ -8,13 +8,15 @@ of ``must_match``, ``must_not_match`` (regular expressions, searched for in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import jsonschema
 import orjson
+import referencing
+import referencing.exceptions
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -99,6 +101,8 @@ class Rule(_Asked):
                 except regex.error as error:
                     raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
         if self.json_schema is not None:
+            if _has_key(self.json_schema, "patternProperties"):
+                raise ValueError("json_schema: patternProperties is not supported")
             try:
                 jsonschema.Draft202012Validator.check_schema(self.json_schema)
             except jsonschema.SchemaError as error:
@@ -119,14 +123,29 @@ class Rule(_Asked):
                 value = orjson.loads(answer)
             except orjson.JSONDecodeError:
                 return "json_schema: the answer is not JSON"
-            # No reference is followed: a schema of a caller's must not make us fetch anything.
-            validator = jsonschema.Draft202012Validator(self.json_schema)
+            # An empty registry: a schema of a caller's must not make us fetch anything.
+            validator = _Validator(self.json_schema, registry=referencing.Registry())
             try:
                 if not validator.is_valid(value):
                     return "json_schema"
-            except jsonschema.exceptions._WrappedReferencingError as error:
-                return f"json_schema: {error}"
+            except (referencing.exceptions.Unresolvable, RecursionError, TimeoutError) as error:
+                return f"json_schema cannot be held against the answer: {error}"
         return None
+
+
+def _pattern(_validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[Any]:
+    """The keyword ``pattern`` with a bound on its time."""
+    if isinstance(value, str) and not _found(pattern, value):
+        yield jsonschema.ValidationError("pattern")
+
+
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": _pattern})
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, dict):
+        return key in value or any(_has_key(item, key) for item in value.values())
+    return isinstance(value, list) and any(_has_key(item, key) for item in value)
 
 
 _LineT = TypeVar("_LineT", Pair, Rule)
