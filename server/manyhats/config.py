@@ -273,6 +273,49 @@ class Settings(BaseSettings):
         ge=1,
         description="Tenants with a label of their own in /metrics; the rest are 'other'.",
     )
+    drift: bool = Field(
+        default=True,
+        description="Watch each adapter's traffic for drift; docs/drift.md has it all.",
+    )
+    drift_alpha: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Probability of ever raising a false alarm, on any adapter and signal.",
+    )
+    drift_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Share of requests that the bare base scores again, in idle steps.",
+    )
+    drift_canary_share: float = Field(
+        default=0.2, ge=0, le=1, description="The same share of a canary's requests."
+    )
+    drift_warm_up: int = Field(
+        default=20, ge=0, description="First requests of a version that its reference leaves out."
+    )
+    drift_reference: int = Field(
+        default=300,
+        ge=16,
+        le=100_000,
+        description="Requests that a version's reference is made of.",
+    )
+    drift_small_reference: int = Field(
+        default=64, ge=16, le=100_000, description="Likewise of rescored requests and of feedback."
+    )
+    drift_window: int = Field(
+        default=256, ge=16, le=65536, description="Requests in the window compared with it."
+    )
+    drift_small_window: int = Field(
+        default=64, ge=16, le=65536, description="Likewise rescored ones, feedback, a canary's."
+    )
+    drift_webhook_url: str | None = Field(
+        default=None, description="Where alarms are sent, as signed POSTs."
+    )
+    drift_webhook_secret: SecretStr | None = Field(
+        default=None, description="Key of the signatures (HMAC-SHA256)."
+    )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
     @field_validator("home", "store")

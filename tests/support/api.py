@@ -19,6 +19,7 @@ from manyhats.api.factory import create_api
 from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.operations import Operations
 from manyhats.lifecycle.pins import Pins
@@ -43,6 +44,7 @@ class Api:
     grammar: FakeGrammar = field(default_factory=FakeGrammar)
     metrics: Metrics = field(default_factory=lambda: Metrics(10, clock=lambda: 1234.5))
     routers: Sequence[APIRouter] = ()
+    drift: Drift | None = None
     tenants: TenantDirectory = field(
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
@@ -61,6 +63,7 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                drift_detection=self.drift,
                 evaluations=self.evaluations,
                 operations=self.operations,
                 pins=self.pins,

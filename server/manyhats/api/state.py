@@ -10,6 +10,8 @@ from fastapi import Request
 
 from manyhats.api.shadows import Shadows
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
+from manyhats.drift.monitor import DriftMonitor
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.lifecycle.evaluation.service import EvaluationService
@@ -54,6 +56,12 @@ class ApiState:
     operations: Operations | None = None
     pins: Pins | None = None
     shadows: Shadows | None = None
+    drift_detection: Drift | None = None
+
+    @property
+    def drift(self) -> DriftMonitor | None:
+        """Who is told of each answer; None where drift detection is off."""
+        return None if self.drift_detection is None else self.drift_detection.monitor
 
 
 def api_state(request: Request) -> ApiState:

@@ -61,7 +61,8 @@ The ``vllm:`` series are those of the Kubernetes Gateway API Inference Extension
 protocol. ``lora_requests_info`` has the labels ``max_lora`` (slots), ``running_lora_adapters``
 (names resident on the device) and ``waiting_lora_adapters`` (names on their way), comma-separated;
 only the current label set is exposed, so it is one series, of at most ``slots`` names.
-``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``.
+``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``. ``metrics.drift`` has the series
+of drift detection.
 """
 
 from __future__ import annotations
@@ -81,12 +82,21 @@ from prometheus_client import (
     generate_latest,
 )
 
+from manyhats.metrics.drift import DriftMetrics
 from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
 from manyhats.metrics.shadow import ShadowMetrics
 from manyhats.metrics.snapshot import SnapshotCollector, StatsView
 from manyhats.types import FinishReason
 
-__all__ = ["BASE_LABEL", "CONTENT_TYPE", "OTHER_LABEL", "LabelCap", "Metrics", "StatsView"]
+__all__ = [
+    "BASE_LABEL",
+    "CONTENT_TYPE",
+    "OTHER_LABEL",
+    "DriftMetrics",
+    "LabelCap",
+    "Metrics",
+    "StatsView",
+]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of ``Metrics.render``."""
@@ -137,6 +147,7 @@ class Metrics:
         self._declare_requests()
         self._declare_engine()
         self._declare_tenants()
+        self.drift = DriftMetrics(self.registry, self._cap)
         self._declare_evaluations()
         self._declare_store()
         self.registry.register(self._snapshot)
