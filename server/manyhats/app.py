@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from manyhats.adapters.base_weights import BaseWeights
@@ -28,8 +25,8 @@ from manyhats.adapters.store import AdapterStore
 from manyhats.api import admin, rollouts, sharing, tenants, usage
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
-from manyhats.banner import announce
 from manyhats.config import Settings
 from manyhats.engine.build import Engine, build_engine
 from manyhats.engine.kernels import resolve_kernels
@@ -42,8 +39,10 @@ from manyhats.lifecycle.loading import load_adapter
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
+from manyhats.lifecycle.warm import warm
 from manyhats.metrics import Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
+from manyhats.serving import Listener
 from manyhats.tenancy.build import Tenancy, open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
@@ -61,6 +60,7 @@ class Application:
     engine: Engine
     adapters: AdapterService
     api: FastAPI
+    readiness: Readiness
     closing: tuple[Callable[[], None], ...]
 
 
@@ -111,10 +111,18 @@ def build(settings: Settings) -> Application:
         limiter=tenancy.limiter,
     )
     modules = (admin, rollouts, sharing, tenants, usage)
-    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    warmed = partial(
+        warm,
+        state.recent,
+        folder / "hot.json",
+        registry,
+        engine.residency or NoAdapters(),
+        limit=settings.prefetch_hot,
+    )
+    lifespan = partial(_lifespan, state=state, engine=engine, adapters=adapters, tenancy=tenancy, warmed=warmed)
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (registry.close, store.close, tenancy.close)
-    return Application(settings, engine, adapters, api, closing)
+    return Application(settings, engine, adapters, api, state.readiness, closing)
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -161,12 +169,26 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal again once it has shut down: all is done then, and nothing failed.
     signal.signal(signal.SIGTERM, _ended)
     try:
-        _Server(application).run()
+        _listener(application).run()
     except KeyboardInterrupt:
         logger.info("interrupted; the running requests have ended")
     finally:
         for close in application.closing:
             close()
+
+
+def _listener(application: Application) -> Listener:
+    def names() -> list[str]:
+        return sorted({card.ref.name for card in application.adapters.list(DEFAULT_TENANT)})
+
+    return Listener(
+        application.api,
+        application.settings,
+        engine=application.engine.client,
+        readiness=application.readiness,
+        close_door=application.engine.loop.close_door,
+        names=names,
+    )
 
 
 def register_roots(application: Application) -> None:
@@ -207,7 +229,13 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+    _app: FastAPI,
+    *,
+    state: ApiState,
+    engine: Engine,
+    adapters: AdapterService,
+    tenancy: Tenancy,
+    warmed: Callable[[], AbstractAsyncContextManager[None]],
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
@@ -215,7 +243,11 @@ async def _lifespan(
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
         with tenancy.directory.keep_fresh():
-            async with scheduled(adapters.rollouts):
+            async with (
+                scheduled(adapters.rollouts),
+                state.readiness.proving(engine.client),
+                warmed(),
+            ):
                 yield
     finally:
         # uvicorn has waited for the responses already, within the same bound.
@@ -225,41 +257,3 @@ async def _lifespan(
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:
     """The default action would kill the process before it has closed its files."""
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which announces its real address and turns away new requests while it
-    drains.
-    """
-
-    def __init__(self, application: Application) -> None:
-        settings = application.settings
-        super().__init__(
-            uvicorn.Config(
-                application.api,
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=math.ceil(settings.drain_s),
-                timeout_keep_alive=75,
-            )
-        )
-        self._application = application
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then says where the server answers."""
-        await super().startup(sockets)
-        if self.started:
-            port = self.servers[0].sockets[0].getsockname()[1]
-            announce(
-                self._application.settings, port, self._application.engine.client, self._names()
-            )
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second Ctrl-C stops at once, as uvicorn's."""
-        self._application.engine.loop.close_door()
-        super().handle_exit(sig, frame)
-
-    def _names(self) -> list[str]:
-        return sorted({c.ref.name for c in self._application.adapters.list(DEFAULT_TENANT)})

@@ -201,6 +201,18 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         default=30.0, ge=0, description="Seconds that SIGTERM waits for running requests."
     )
+    drain_grace_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=600,
+        description="Seconds from SIGTERM, when /readyz goes down, until new requests are refused.",
+    )
+    prefetch_hot: int = Field(
+        default=32,
+        ge=0,
+        le=4096,
+        description="Hot adapters of the last run that a start prefetches; 0: none.",
+    )
     metrics_adapters: int = Field(
         default=200,
         ge=1,

@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI
 from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.metrics import Metrics
@@ -43,6 +44,8 @@ class Api:
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    readiness: Readiness = field(default_factory=lambda: Readiness(proven=True))
+
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
             ApiState(
@@ -52,6 +55,7 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                readiness=self.readiness,
             ),
             self.routers,
         )

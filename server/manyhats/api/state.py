@@ -7,9 +7,11 @@ from typing import Protocol
 
 from fastapi import Request
 
+from manyhats.api.readiness import Readiness
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
+from manyhats.lifecycle.warm import RecentUse
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -40,6 +42,8 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    readiness: Readiness = field(default_factory=Readiness)
+    recent: RecentUse = field(default_factory=RecentUse)
 
 
 def api_state(request: Request) -> ApiState:

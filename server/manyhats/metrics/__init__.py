@@ -6,7 +6,10 @@ own (N = the setting ``metrics_adapters``), so the label has at most N + 2 value
 likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
 one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a template of the
 application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
-``status`` is an HTTP status; ``backend`` has one value, the kernels in use.
+``status`` is an HTTP status; ``backend`` has one value, the kernels in use, and ``version`` one;
+``store`` is one of ours. What rates are taken of starts at zero (``base`` and ``other``, and the
+routes that generate), so that an alert's expression always has a value. ``docs/metrics.md`` has
+units, and the process's own series (``process_...``).
 
 ====================================  =========  =====================  =========================
 series                                type       labels                 meaning
@@ -34,6 +37,9 @@ manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt t
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
 manyhats_kernels_info                 gauge      backend                1
+manyhats_build_info                   gauge      version                1
+manyhats_ready                        gauge                             traffic should come: 1
+manyhats_store_up                     gauge      store                  0: served from memory
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
 manyhats_running, _waiting            gauge                             sequences: batch, queue
@@ -60,7 +66,7 @@ only the current label set is exposed, so it is one series, of at most ``slots``
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,6 +75,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -81,6 +88,17 @@ __all__ = ["BASE_LABEL", "CONTENT_TYPE", "OTHER_LABEL", "LabelCap", "Metrics", "
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of ``Metrics.render``."""
+
+GENERATING: Final = ("/v1/completions", "/v1/chat/completions")
+"""The routes whose answers are counted from zero."""
+QUOTAS: Final = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "tokens_per_day",
+    "concurrent_requests",
+    "queued_requests",
+)
+"""Quotas that refuse with a time to come back."""
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0)
@@ -127,11 +145,23 @@ class Metrics:
         self._declare_requests()
         self._declare_engine()
         self._declare_tenants()
+        self._declare_server()
         self.registry.register(self._snapshot)
+        ProcessCollector(registry=self.registry)
+        self._start_at_zero()
 
     def watch(self, stats: Callable[[], StatsView]) -> None:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
+
+    def watch_server(
+        self, *, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
+    ) -> None:
+        """``ready`` and ``stores`` (name to whether it can be reached) are read at every scrape."""
+        self._build.labels(version).set(1)
+        self._ready.set_function(lambda: float(ready()))
+        for store in stores():
+            self._stores.labels(store).set_function(lambda name=store: float(stores()[name]))
 
     def kernels(self, backend: str) -> None:
         """The engine computes with the kernels of this name. Said once, when it is built."""
@@ -211,7 +241,9 @@ class Metrics:
         self._evictions.labels(self._cap.label(adapter), tier).inc()
 
     def _of(self, adapter: str | None) -> _AdapterSeries:
-        label = self._cap.label(adapter)
+        return self._of_label(self._cap.label(adapter))
+
+    def _of_label(self, label: str) -> _AdapterSeries:
         series = self._series.get(label)
         if series is None:  # two threads may both make it: the children are the same ones
             series = self._series[label] = _AdapterSeries(
@@ -270,6 +302,38 @@ class Metrics:
         self._load_failures = self._counter(
             "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
         )
+
+    def _declare_server(self) -> None:
+        self._build = Gauge(
+            "manyhats_build_info", "The server's version.", ("version",), registry=self.registry
+        )
+        self._ready = Gauge(
+            "manyhats_ready", "Whether traffic should come here.", registry=self.registry
+        )
+        self._stores = Gauge(
+            "manyhats_store_up", "Whether a store answers.", ("store",), registry=self.registry
+        )
+
+    def _start_at_zero(self) -> None:
+        """A rate over what has not happened yet is 0, not absent."""
+        for adapter in (BASE_LABEL, OTHER_LABEL):
+            self._of_label(adapter)
+        for tier in ("host", "device"):
+            self._loads.labels(OTHER_LABEL, tier)
+            self._evictions.labels(OTHER_LABEL, tier)
+            self._load_seconds.labels(tier)
+        self._load_failures.labels(OTHER_LABEL)
+        for counter in (
+            self._tenant_requests,
+            self._tenant_prompt_tokens,
+            self._tenant_output_tokens,
+        ):
+            counter.labels(OTHER_LABEL)
+        for quota in QUOTAS:
+            self._refusals.labels(OTHER_LABEL, quota)
+        for route in GENERATING:
+            for status in ("200", "429", "500", "503"):
+                self._http.labels(route, "POST", status)
 
     def _declare_tenants(self) -> None:
         tenant = ("tenant",)
