@@ -119,7 +119,9 @@ def build(settings: Settings) -> Application:
         engine.residency or NoAdapters(),
         limit=settings.prefetch_hot,
     )
-    lifespan = partial(_lifespan, state=state, engine=engine, adapters=adapters, tenancy=tenancy, warmed=warmed)
+    lifespan = partial(
+        _lifespan, state=state, engine=engine, adapters=adapters, tenancy=tenancy, warmed=warmed
+    )
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, state.readiness, closing)

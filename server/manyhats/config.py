@@ -10,9 +10,9 @@ import enum
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
@@ -106,9 +106,18 @@ class Settings(BaseSettings):
         default=(),
         description="API keys with the tenant role (comma-separated in the environment).",
     )
+    admin_api_keys_file: Path | None = Field(
+        default=None, description="File with admin keys, one a line, beside --admin-api-keys."
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with tenant keys, one a line, beside --api-keys."
+    )
     redis_url: SecretStr | None = Field(
         default=None,
         description="Redis that replicas share tenants, keys and quotas through (redis://host/0).",
+    )
+    redis_url_file: Path | None = Field(
+        default=None, description="File with the Redis URL, in the place of --redis-url."
     )
     metrics_open: bool = Field(
         default=False, description="Show /metrics without a key, where keys are configured."
@@ -240,6 +249,27 @@ class Settings(BaseSettings):
     def _split_colons(cls, value: object) -> object:
         return tuple(v for v in value.split(":") if v) if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, given: Any) -> Any:
+        """Secrets as files (of Docker or Kubernetes, say): read once, at start."""
+        if not isinstance(given, dict):
+            return given
+        for name in ("admin_api_keys", "api_keys", "redis_url"):
+            source = given.get(f"{name}_file")
+            if source is None:
+                continue
+            lines = _lines_of(f"{name}_file", Path(source))
+            if name == "redis_url":
+                if given.get(name) is not None or len(lines) != 1:
+                    raise ValueError("redis_url_file: one line, and no redis_url beside it")
+                given = given | {name: lines[0]}
+            else:
+                there = given.get(name) or ()
+                there = cls._split_commas(there) if isinstance(there, str) else there
+                given = given | {name: (*there, *lines)}
+        return given
+
     def base_folder(self, base_id: str) -> Path:
         """Where what belongs to one base lies: its registry and its adapters' bytes."""
         return self.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base_id)
@@ -248,6 +278,18 @@ class Settings(BaseSettings):
     def rows(self) -> int:
         """Rank rows per site on the device."""
         return self.pool_rows if self.pool_rows is not None else max(16 * self.slots, self.max_rank)
+
+
+def _lines_of(name: str, path: Path) -> list[str]:
+    """The lines of a file of secrets that hold something. Raises ValueError without showing any."""
+    try:
+        text = path.expanduser().read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{name}: {path} cannot be read: {type(error).__name__}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{name}: {path} is empty")
+    return lines
 
 
 def unknown_variables() -> list[str]:

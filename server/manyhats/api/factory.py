@@ -27,7 +27,7 @@ def create_api(
     say); ``lifespan`` surrounds its running.
 
     Every route goes through ``authorize``, whoever wrote it. Also makes ``state.metrics`` name
-    the kernels, and read the engine's snapshot at every scrape. The documentation pages know no
+    the kernels, and read the engine's snapshot, readiness and stores at every scrape. The documentation pages know no
     keys, so they are there only while no key is configured, or with ``docs_open``.
     """
     settings = state.settings
@@ -52,4 +52,9 @@ def create_api(
         app.include_router(router)
     state.metrics.kernels(state.engine.model.kernel_backend)
     state.metrics.watch(state.engine.stats)
+    state.metrics.watch_server(
+        manyhats.__version__,
+        ready=lambda: state.readiness.reason(state.engine) is None,
+        stores=lambda: {"tenants": state.tenants.reachable, "quotas": state.limiter.reachable},
+    )
     return app

@@ -50,7 +50,7 @@ def _without_output(delta: OutputDelta) -> OutputDelta:
 
 async def _merged(engine: EngineClient, job: Job) -> AsyncGenerator[tuple[int, OutputDelta]]:
     if len(job.requests) == 1:
-        async with aclosing(request_deltas(engine, job.requests[0])) as deltas:
+        async with aclosing(_deltas(engine, job.requests[0])) as deltas:
             async for delta in deltas:
                 yield 0, delta
         return
@@ -85,7 +85,7 @@ async def _pump(
     raised.
     """
     try:
-        async with aclosing(request_deltas(engine, request)) as deltas:
+        async with aclosing(_deltas(engine, request)) as deltas:
             async for delta in deltas:
                 queue.put_nowait((prompt, delta))
     except Exception as error:  # noqa: BLE001 - carried to the consumer, who raises it
@@ -94,7 +94,7 @@ async def _pump(
         queue.put_nowait((prompt, None))
 
 
-async def request_deltas(engine: EngineClient, request: GenerationRequest) -> AsyncGenerator[OutputDelta]:
+async def _deltas(engine: EngineClient, request: GenerationRequest) -> AsyncGenerator[OutputDelta]:
     """One request's deltas; checks that every choice ended."""
     open_choices = set(range(len(request.params)))
     async with _closing(engine.generate(request)) as stream:

@@ -7,12 +7,11 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Final
 
 import anyio
 
-from manyhats.api.outputs import request_deltas
 from manyhats.engine.interface import EngineClient
 from manyhats.errors import EngineFailedError, ManyhatsError
 from manyhats.types import DEFAULT_TENANT, GenerationRequest, SamplingParams
@@ -108,11 +107,12 @@ async def probe(engine: EngineClient) -> float:
         arrival=started,
     )
     scores: list[float] = []
-    async with aclosing(request_deltas(engine, request)) as answers:
-        async for delta in answers:
-            if delta.error is not None:
-                raise delta.error
-            scores += [entry.logprob for entry in delta.logprobs]
+    error: ManyhatsError | None = None
+    async for delta in engine.generate(request):
+        error = error or delta.error
+        scores += [entry.logprob for entry in delta.logprobs]
+    if error is not None:
+        raise error
     if not scores or not all(map(math.isfinite, scores)):
         raise EngineFailedError(f"the base's log-probabilities are {scores}")
     return time.monotonic() - started

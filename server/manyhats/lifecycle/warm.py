@@ -1,4 +1,4 @@
-"""A warm restart: which adapters were hot is written down, and they are prefetched at the next start.
+"""A warm restart: the hot adapters are written down, and prefetched at the next start.
 
 Recent use is a count that halves every ``HALF_LIFE_S``. It is kept beside the registry by name,
 version and digest, so that only what still means the same content is brought back.

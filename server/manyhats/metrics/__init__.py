@@ -8,59 +8,16 @@ one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a t
 application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
 ``status`` is an HTTP status; ``backend`` has one value, the kernels in use, and ``version`` one;
 ``store`` is one of ours. What rates are taken of starts at zero (``base`` and ``other``, and the
-routes that generate), so that an alert's expression always has a value. ``docs/metrics.md`` has
-units, and the process's own series (``process_...``).
+routes that generate), so that an alert's expression always has a value.
 
-====================================  =========  =====================  =========================
-series                                type       labels                 meaning
-====================================  =========  =====================  =========================
-manyhats_requests_total               counter    adapter, outcome       choices ended
-manyhats_prompt_tokens_total          counter    adapter                prompt tokens of them
-manyhats_generation_tokens_total      counter    adapter                tokens generated
-manyhats_cached_prompt_tokens_total   counter    adapter                prompt tokens not computed
-manyhats_time_to_first_token_seconds  histogram  adapter                arrival to first token
-manyhats_inter_token_seconds          histogram  adapter                between two tokens
-manyhats_queue_seconds                histogram  adapter                arrival to admission
-manyhats_request_seconds              histogram  adapter                arrival to end
-manyhats_step_seconds                 histogram                         one step of the engine
-manyhats_step_tokens_total            counter    kind                   ``prefill``, ``decode``
-manyhats_step_batch_tokens            histogram                         tokens in one step
-manyhats_step_batch_sequences         histogram                         sequences in one step
-manyhats_preemptions_total            counter                           sequences recomputed
-manyhats_adapter_loads_total          counter    adapter, tier          brought to a tier
-manyhats_adapter_load_seconds         histogram  tier                   time that took
-manyhats_adapter_evictions_total      counter    adapter, tier          left a tier
-manyhats_adapter_load_failures_total  counter    adapter                could not be loaded
-manyhats_http_requests_total          counter    route, method, status  499: the client went away
-manyhats_tenant_requests_total        counter    tenant                 requests served
-manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
-manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
-manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
-manyhats_kernels_info                 gauge      backend                1
-manyhats_build_info                   gauge      version                1
-manyhats_ready                        gauge                             traffic should come: 1
-manyhats_store_up                     gauge      store                  0: served from memory
-manyhats_steps_total                  counter                           steps run
-manyhats_failed_steps_total           counter                           steps failed
-manyhats_running, _waiting            gauge                             sequences: batch, queue
-manyhats_kv_blocks, _kv_blocks_used   gauge                             KV cache blocks
-manyhats_slots, _slots_used           gauge                             adapter slots
-manyhats_rows, _rows_used             gauge                             rank rows of the device
-manyhats_host_bytes                   gauge                             bound of the host tier
-manyhats_host_bytes_used              gauge                             bytes in it
-manyhats_leases                       gauge                             sequences holding a slot
-manyhats_adapter_leases               gauge      adapter                ... of each resident one
-vllm:lora_requests_info               gauge      see below              Unix time of the scrape
-vllm:num_requests_running, _waiting   gauge                             as manyhats_running ...
-vllm:kv_cache_usage_perc              gauge                             used blocks, 0 to 1
-vllm:cache_config_info                gauge      see below              1
-====================================  =========  =====================  =========================
+Types, units and meanings are in ``docs/metrics.md``, which a test holds to the code.
 
 The ``vllm:`` series are those of the Kubernetes Gateway API Inference Extension's model server
 protocol. ``lora_requests_info`` has the labels ``max_lora`` (slots), ``running_lora_adapters``
 (names resident on the device) and ``waiting_lora_adapters`` (names on their way), comma-separated;
 only the current label set is exposed, so it is one series, of at most ``slots`` names.
-``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``.
+``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``. Drift's series are in
+``metrics.drift``.
 """
 
 from __future__ import annotations
@@ -80,11 +37,21 @@ from prometheus_client import (
     generate_latest,
 )
 
+from manyhats.metrics.drift import DriftMetrics
 from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.server import ServerCollector
 from manyhats.metrics.snapshot import SnapshotCollector, StatsView
 from manyhats.types import FinishReason
 
-__all__ = ["BASE_LABEL", "CONTENT_TYPE", "OTHER_LABEL", "LabelCap", "Metrics", "StatsView"]
+__all__ = [
+    "BASE_LABEL",
+    "CONTENT_TYPE",
+    "OTHER_LABEL",
+    "DriftMetrics",
+    "LabelCap",
+    "Metrics",
+    "StatsView",
+]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of ``Metrics.render``."""
@@ -145,8 +112,10 @@ class Metrics:
         self._declare_requests()
         self._declare_engine()
         self._declare_tenants()
-        self._declare_server()
+        self.drift = DriftMetrics(self.registry, self._cap)
+        self._server = ServerCollector()
         self.registry.register(self._snapshot)
+        self.registry.register(self._server)
         ProcessCollector(registry=self.registry)
         self._start_at_zero()
 
@@ -155,13 +124,10 @@ class Metrics:
         self._snapshot.source = stats
 
     def watch_server(
-        self, *, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
+        self, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
     ) -> None:
-        """``ready`` and ``stores`` (name to whether it can be reached) are read at every scrape."""
-        self._build.labels(version).set(1)
-        self._ready.set_function(lambda: float(ready()))
-        for store in stores():
-            self._stores.labels(store).set_function(lambda name=store: float(stores()[name]))
+        """See ``metrics.server.ServerCollector.watch``."""
+        self._server.watch(version, ready, stores)
 
     def kernels(self, backend: str) -> None:
         """The engine computes with the kernels of this name. Said once, when it is built."""
@@ -303,17 +269,6 @@ class Metrics:
             "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
         )
 
-    def _declare_server(self) -> None:
-        self._build = Gauge(
-            "manyhats_build_info", "The server's version.", ("version",), registry=self.registry
-        )
-        self._ready = Gauge(
-            "manyhats_ready", "Whether traffic should come here.", registry=self.registry
-        )
-        self._stores = Gauge(
-            "manyhats_store_up", "Whether a store answers.", ("store",), registry=self.registry
-        )
-
     def _start_at_zero(self) -> None:
         """A rate over what has not happened yet is 0, not absent."""
         for adapter in (BASE_LABEL, OTHER_LABEL):
@@ -331,6 +286,7 @@ class Metrics:
             counter.labels(OTHER_LABEL)
         for quota in QUOTAS:
             self._refusals.labels(OTHER_LABEL, quota)
+        self.drift.start_at_zero()
         for route in GENERATING:
             for status in ("200", "429", "500", "503"):
                 self._http.labels(route, "POST", status)

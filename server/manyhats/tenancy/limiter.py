@@ -14,6 +14,10 @@ from manyhats.tenancy.quota import Account, Refusal
 class Limiter(Protocol):
     """Keeps every tenant's account. Called on the event loop."""
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the shared store answered last; without one, always."""
+
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int
     ) -> Refusal | None:
@@ -35,6 +39,11 @@ class MemoryLimiter:
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._accounts: dict[str, Account] = {}
+
+    @property
+    def reachable(self) -> bool:
+        """See Limiter: there is no store."""
+        return True
 
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int

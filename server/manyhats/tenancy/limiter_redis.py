@@ -123,6 +123,11 @@ class RedisLimiter:
         self._admitted_alone: set[str] = set()
         self._unreachable = False
 
+    @property
+    def reachable(self) -> bool:
+        """Whether Redis answered last."""
+        return not self._unreachable
+
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int
     ) -> Refusal | None:
