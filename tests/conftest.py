@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.server import free_port
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter then, which must be asked for before triton is
@@ -64,18 +64,12 @@ def _redis_server() -> str:
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real Redis of our own, on a free loopback port, without persistence."""
     import redis
 
-    folder, port = tmp_path_factory.mktemp("redis"), _free_port()
+    folder, port = tmp_path_factory.mktemp("redis"), free_port()
     command = [_redis_server(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     command += ["--save", "", "--appendonly", "no", "--daemonize", "no"]
     log = folder / "log"

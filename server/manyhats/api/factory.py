@@ -27,8 +27,9 @@ def create_api(
     say); ``lifespan`` surrounds its running.
 
     Every route goes through ``authorize``, whoever wrote it. Also makes ``state.metrics`` name
-    the kernels, and read the engine's snapshot, readiness and stores at every scrape. The documentation pages know no
-    keys, so they are there only while no key is configured, or with ``docs_open``.
+    the kernels, and read the engine's snapshot, readiness and stores at every scrape. The
+    documentation pages know no keys, so they are there only while no key is configured, or with
+    ``docs_open``.
     """
     settings = state.settings
     open_docs = settings.docs_open or (KeyRing.of(settings).is_open and not state.tenants.has_keys)
