@@ -111,4 +111,5 @@ def _prometheus(repository: Path, file, root: Path, address: str):
 
 
 def _mapped(text: str, mapped: dict[str, str]) -> str:
-    return re.sub("|".join(map(re.escape, mapped)), lambda m: mapped[m[0]], text)
+    words = "|".join(map(re.escape, mapped))
+    return re.sub(rf"(?<![\w/.-])(?:{words})(?![\w-])", lambda m: mapped[m[0]], text)
