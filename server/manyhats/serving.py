@@ -17,7 +17,7 @@ from functools import partial
 from types import FrameType
 
 import uvicorn
-from uvicorn._types import ASGIApplication
+from starlette.types import ASGIApp
 
 from manyhats.api.readiness import Readiness
 from manyhats.banner import announce
@@ -32,7 +32,7 @@ class Listener(uvicorn.Server):
 
     def __init__(
         self,
-        api: ASGIApplication,
+        api: ASGIApp,
         settings: Settings,
         *,
         engine: EngineClient,

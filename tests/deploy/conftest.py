@@ -24,6 +24,7 @@ import pytest
 from support.base import write_adapters, write_base
 from support.compose import compose, image_environment
 from support.prometheus import Prometheus, running_prometheus
+from support.redis_server import RedisServer
 from support.server import Server, free_port, running_command
 
 ADMIN = "an-admin-key-out-of-a-file"
@@ -35,6 +36,7 @@ class Stack:
     """Everything of the compose file but Grafana."""
 
     server: Server
+    redis: RedisServer
     prometheus: Prometheus
     http: httpx.Client
     base: str
@@ -59,7 +61,7 @@ def installed(repository, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(repository, installed, redis_url, tmp_path_factory) -> Iterator[Stack]:
+def stack(repository, installed, tmp_path_factory) -> Iterator[Stack]:
     """The services, answering and scraped."""
     root = tmp_path_factory.mktemp("stack")
     base = write_base(root / "tiny")
@@ -68,11 +70,12 @@ def stack(repository, installed, redis_url, tmp_path_factory) -> Iterator[Stack]
         (root / name).write_text(f"{text}\n")
     file = compose(repository, TINY | {"MODEL": str(base), "ADAPTERS": str(root / "adapters")})
     service = file["services"]["server-cpu"]
+    words = [_mapped(word, {"/data": str(root)}) for word in file["services"]["redis"]["command"]]
+    assert words.pop(0) == "redis-server"
     mapped = {
         "/var/lib/manyhats": str(root / "state"),
         "/adapters": str(root / "adapters"),
         "/run/secrets": str(root),
-        "redis://redis:6379/0": redis_url,
         "0.0.0.0": "127.0.0.1",
         "/opt/manyhats/bin": str(installed.parent),
         "$PATH": os.environ["PATH"],
@@ -81,16 +84,20 @@ def stack(repository, installed, redis_url, tmp_path_factory) -> Iterator[Stack]
     environment = image_environment(dockerfile, "cpu") | service["environment"]
     (entrypoint,) = re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)
     command = [*json.loads(entrypoint), *service["command"]]
-    env = {name: _mapped(str(value), mapped) for name, value in environment.items()}
-    env |= {"MANYHATS_PORT": "0", "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
     with ExitStack() as running:
+        redis = RedisServer(root, arguments=words)
+        redis.start()
+        running.callback(redis.stop)
+        mapped["redis://redis:6379/0"] = redis.url
+        env = {name: _mapped(str(value), mapped) for name, value in environment.items()}
+        env |= {"MANYHATS_PORT": "0", "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
         program = [str(installed.parent / command[0]), *command[1:]]
         server = running.enter_context(running_command(program, env, cwd=root))
         address = server.base_url.removeprefix("http://")
         prometheus = running.enter_context(_prometheus(repository, file, root, address))
         headers = {"authorization": f"Bearer {ADMIN}"}
         http = httpx.Client(base_url=server.base_url, headers=headers, timeout=60)
-        yield Stack(server, prometheus, running.enter_context(http), base.name)
+        yield Stack(server, redis, prometheus, running.enter_context(http), base.name)
 
 
 def _prometheus(repository: Path, file, root: Path, address: str):

@@ -121,7 +121,7 @@ def test_what_is_mounted_exists_and_volumes_and_secrets_are_declared(file, repos
     assert used == set(file["volumes"])
     assert secrets == set(file["secrets"])
     ignored = (repository / ".gitignore").read_text("utf-8").split()
-    assert "/deploy/secrets/" in ignored
+    assert "/secrets/" in ignored
     assert "/.env" in ignored
 
 
