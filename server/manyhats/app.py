@@ -111,20 +111,22 @@ def build(settings: Settings) -> Application:
         limiter=tenancy.limiter,
     )
     modules = (admin, rollouts, sharing, tenants, usage)
-    warmed = partial(
-        warm,
-        state.recent,
-        folder / "hot.json",
-        registry,
-        engine.residency or NoAdapters(),
-        limit=settings.prefetch_hot,
-    )
+    warmed = partial(_warm, state, folder, registry, engine)
     lifespan = partial(
         _lifespan, state=state, engine=engine, adapters=adapters, tenancy=tenancy, warmed=warmed
     )
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, state.readiness, closing)
+
+
+def _warm(
+    state: ApiState, folder: Path, registry: Registry, engine: Engine
+) -> AbstractAsyncContextManager[None]:
+    """What was hot before is prefetched, and what is hot now is written beside the registry."""
+    residency = engine.residency or NoAdapters()
+    file = folder / "hot.json"
+    return warm(state.recent, file, registry, residency, limit=state.settings.prefetch_hot)
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:

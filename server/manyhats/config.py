@@ -266,8 +266,8 @@ class Settings(BaseSettings):
                 given = given | {name: lines[0]}
             else:
                 there = given.get(name) or ()
-                there = cls._split_commas(there) if isinstance(there, str) else there
-                given = given | {name: (*there, *lines)}
+                known = there.split(",") if isinstance(there, str) else there
+                given = given | {name: (*filter(None, known), *lines)}
         return given
 
     def base_folder(self, base_id: str) -> Path:

@@ -170,7 +170,7 @@ def test_the_lora_syncer_loads_and_unloads_idempotently(used, tmp_path_factory):
     """As the sidecar does: it knows only these two routes, /health and /v1/models."""
     stack = used
     root = next(p for p in (tmp_path_factory.getbasetemp()).glob("stack*/adapters"))
-    write_adapters(root, root.parent / "tiny", ("synced",))
+    write_adapters(root, root.parent / "tiny", ("synced",), seed=77)
     body = {"lora_name": "synced", "lora_path": str(root / "synced"), "base_model_name": stack.base}
     assert httpx.get(f"{stack.server.base_url}/health", timeout=30).status_code == 200
     for _ in range(2):

@@ -16,10 +16,13 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_adapters(root: Path, base: Path, names: Sequence[str]) -> Path:
-    """A random LoRA adapter of rank 2 for each name, in folders below ``root``."""
-    for seed, name in enumerate(names):
-        write_random_lora(root / name, base, rank=2, targets=("q_proj", "v_proj"), seed=seed)
+def write_adapters(root: Path, base: Path, names: Sequence[str], *, seed: int = 0) -> Path:
+    """A random LoRA adapter of rank 2 for each name, in folders below ``root``; the first one's
+    seed is ``seed``.
+    """
+    for index, name in enumerate(names):
+        targets = ("q_proj", "v_proj")
+        write_random_lora(root / name, base, rank=2, targets=targets, seed=seed + index)
     return root
 
 
