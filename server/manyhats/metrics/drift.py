@@ -21,7 +21,7 @@ from manyhats.metrics.labels import OTHER_LABEL, LabelCap
 _SIGNAL: Final = ("adapter", "signal")
 _ADAPTER: Final = ("adapter",)
 _ANY: Final = "any"
-_ACTIONS: Final = ("alert", "hold", "rollback")
+_ACTIONS: Final = ("hold", "end_canary", "rollback", "baseline", "failed", "dry_run")
 
 
 class DriftMetrics:
@@ -59,7 +59,7 @@ class DriftMetrics:
         self._agreement.labels(OTHER_LABEL).set(1)
         for kind in ("finished", "rescored", "canary"):
             self._samples.labels(OTHER_LABEL, kind)
-        for reason in ("queue", "rescoring", "failed", "webhook"):
+        for reason in ("queue", "failed", "rescoring", "too_long", "webhook"):
             self._dropped.labels(reason)
         self._alarms.labels(OTHER_LABEL, _ANY)
         for action in _ACTIONS:
