@@ -22,13 +22,15 @@ from manyhats.adapters.files import AdapterLimits, read_config_file, read_weight
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import admin, drift, rollouts, sharing, tenants, usage
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.drift.build import Drift, open_drift
 from manyhats.engine.build import Engine, build_engine
+from manyhats.engine.interface import CompareRequest, EngineClient, LaneScores
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
@@ -45,7 +47,7 @@ from manyhats.scheduler.fair import EVEN, Share, SharesOf
 from manyhats.serving import Listener
 from manyhats.tenancy.build import Tenancy, open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
-from manyhats.types import DEFAULT_TENANT, Digest, TenantId
+from manyhats.types import DEFAULT_TENANT, AdapterRef, Digest, TenantId
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ def build(settings: Settings) -> Application:
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
     )
+    watching = _drift(settings, folder / "drift.sqlite", engine, adapters, metrics)
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -109,14 +112,16 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        drift_detection=watching,
     )
-    modules = (admin, rollouts, sharing, tenants, usage)
+    modules = (admin, drift, rollouts, sharing, tenants, usage)
     warmed = partial(_warm, state, folder, registry, engine)
     lifespan = partial(
         _lifespan, state=state, engine=engine, adapters=adapters, tenancy=tenancy, warmed=warmed
     )
     api = create_api(state, [module.router for module in modules], lifespan)
-    closing = (registry.close, store.close, tenancy.close)
+    ended = () if watching is None else (watching.close,)
+    closing = (*ended, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, state.readiness, closing)
 
 
@@ -127,6 +132,35 @@ def _warm(
     residency = engine.residency or NoAdapters()
     file = folder / "hot.json"
     return warm(state.recent, file, registry, residency, limit=state.settings.prefetch_hot)
+
+
+def _drift(
+    settings: Settings, path: Path, engine: Engine, adapters: AdapterService, metrics: Metrics
+) -> Drift | None:
+    """Drift detection, unless it is switched off."""
+    if not settings.drift:
+        return None
+    return open_drift(
+        settings,
+        path,
+        names=adapters,
+        rollouts=adapters.rollouts,
+        metrics=metrics.drift,
+        decode=engine.client.tokenizer.decode,
+        compare=partial(_compare, engine.client),
+        longest=engine.client.max_compared_tokens,
+    )
+
+
+async def _compare(
+    client: EngineClient,
+    tenant: TenantId,
+    token_ids: tuple[int, ...],
+    start: int,
+    adapters: tuple[AdapterRef | None, ...],
+) -> tuple[LaneScores, ...]:
+    """The engine's comparison as drift detection asks for it."""
+    return await client.compare(CompareRequest(tenant, token_ids, start, adapters))
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -250,6 +284,7 @@ async def _lifespan(
             async with (
                 scheduled(adapters.rollouts),
                 state.readiness.proving(engine.client),
+                _watched(state.drift_detection),
                 warmed(),
             ):
                 yield
@@ -257,6 +292,20 @@ async def _lifespan(
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
         await tenancy.limiter.close()
+
+
+@asynccontextmanager
+async def _watched(watching: Drift | None) -> AsyncIterator[None]:
+    """Drift detection runs while the block does."""
+    if watching is None:
+        yield
+        return
+    watching.monitor.start()
+    if watching.rescorer is None:
+        yield
+        return
+    async with watching.rescorer.running():
+        yield
 
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from manyhats import __version__
-from manyhats.commands import adapters, tenants
+from manyhats.commands import adapters, drift, tenants
 from manyhats.config import Dtype, Settings, unknown_variables
 from manyhats.errors import ConfigError, RequestError
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(drift.app, name="drift")
 
 
 def _flag(name: str) -> str:

@@ -6,7 +6,6 @@ a flag wins.
 
 from __future__ import annotations
 
-import enum
 import os
 import re
 from pathlib import Path
@@ -15,52 +14,22 @@ from typing import Annotated, Any
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from manyhats.choices import Device, Dtype, Kernels, LogLevel, Quantization
+from manyhats.secret_files import with_secret_files
+
+__all__ = [
+    "CLIENT_VARIABLES",
+    "Device",
+    "Dtype",
+    "Kernels",
+    "LogLevel",
+    "Quantization",
+    "Settings",
+    "unknown_variables",
+]
+
 CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
 """Variables of the commands that speak to a running server; no settings of a server."""
-
-
-class Quantization(enum.StrEnum):
-    """How the base's linear weights are kept."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    INT8 = "int8"
-    NONE = "none"
-
-
-class Dtype(enum.StrEnum):
-    """The dtype of activations, of the KV cache and of adapters on the device."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class Device(enum.StrEnum):
-    """Where the base model lives."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Kernels(enum.StrEnum):
-    """The kernel backends by name; ``auto`` is the fastest that works here."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    TORCH = "torch"
-    NATIVE = "native"
-    TRITON = "triton"
-
-
-class LogLevel(enum.StrEnum):
-    """What is logged: messages of this level and above."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 class Settings(BaseSettings):
@@ -195,6 +164,21 @@ class Settings(BaseSettings):
         default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
     )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
+    max_background: int = Field(
+        default=64,
+        ge=1,
+        description="Background sequences (evaluations, probes) that may wait; over it 429.",
+    )
+    background_tokens: int = Field(
+        default=32,
+        ge=1,
+        description="Tokens that background sequences compute in a step beside live ones.",
+    )
+    compare_mb: int = Field(
+        default=64,
+        ge=1,
+        description="Logits kept to compare two versions over one answer, MiB (bounds its length).",
+    )
     input_price: float = Field(
         default=1.0, ge=0, le=1e6, description="A prompt token's cost in a tenant's share."
     )
@@ -236,6 +220,49 @@ class Settings(BaseSettings):
         ge=1,
         description="Tenants with a label of their own in /metrics; the rest are 'other'.",
     )
+    drift: bool = Field(
+        default=True,
+        description="Watch each adapter's traffic for drift; docs/drift.md has it all.",
+    )
+    drift_alpha: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Probability of ever raising a false alarm, on any adapter and signal.",
+    )
+    drift_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Share of requests that the bare base scores again, in idle steps.",
+    )
+    drift_canary_share: float = Field(
+        default=0.2, ge=0, le=1, description="The same share of a canary's requests."
+    )
+    drift_warm_up: int = Field(
+        default=20, ge=0, description="First requests of a version that its reference leaves out."
+    )
+    drift_reference: int = Field(
+        default=300,
+        ge=16,
+        le=100_000,
+        description="Requests that a version's reference is made of.",
+    )
+    drift_small_reference: int = Field(
+        default=64, ge=16, le=100_000, description="Likewise of rescored requests and of feedback."
+    )
+    drift_window: int = Field(
+        default=256, ge=16, le=65536, description="Requests in the window compared with it."
+    )
+    drift_small_window: int = Field(
+        default=64, ge=16, le=65536, description="Likewise rescored ones, feedback, a canary's."
+    )
+    drift_webhook_url: str | None = Field(
+        default=None, description="Where alarms are sent, as signed POSTs."
+    )
+    drift_webhook_secret: SecretStr | None = Field(
+        default=None, description="Key of the signatures (HMAC-SHA256)."
+    )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
     @field_validator("home")
@@ -257,22 +284,7 @@ class Settings(BaseSettings):
     @classmethod
     def _read_secret_files(cls, given: Any) -> Any:
         """Secrets as files (of Docker or Kubernetes, say): read once, at start."""
-        if not isinstance(given, dict):
-            return given
-        for name in ("admin_api_keys", "api_keys", "redis_url"):
-            source = given.get(f"{name}_file")
-            if source is None:
-                continue
-            lines = _lines_of(f"{name}_file", Path(source))
-            if name == "redis_url":
-                if given.get(name) is not None or len(lines) != 1:
-                    raise ValueError("redis_url_file: one line, and no redis_url beside it")
-                given = given | {name: lines[0]}
-            else:
-                there = given.get(name) or ()
-                known = there.split(",") if isinstance(there, str) else there
-                given = given | {name: (*filter(None, known), *lines)}
-        return given
+        return with_secret_files(given) if isinstance(given, dict) else given
 
     def base_folder(self, base_id: str) -> Path:
         """Where what belongs to one base lies: its registry and its adapters' bytes."""
@@ -282,18 +294,6 @@ class Settings(BaseSettings):
     def rows(self) -> int:
         """Rank rows per site on the device."""
         return self.pool_rows if self.pool_rows is not None else max(16 * self.slots, self.max_rank)
-
-
-def _lines_of(name: str, path: Path) -> list[str]:
-    """The lines of a file of secrets that hold something. Raises ValueError without showing any."""
-    try:
-        text = path.expanduser().read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{name}: {path} cannot be read: {type(error).__name__}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{name}: {path} is empty")
-    return lines
 
 
 def unknown_variables() -> list[str]:

@@ -65,6 +65,15 @@ class Composition:
     weights: tuple[float, ...] = ()
 
 
+class Priority(enum.Enum):
+    """Who goes first. Background work (evaluations, probes, comparisons) runs in what live requests
+    leave: ``scheduler/background.py`` says how.
+    """
+
+    NORMAL = "normal"
+    BACKGROUND = "background"
+
+
 class GrammarKind(enum.Enum):
     """What constrains the output."""
 
@@ -114,7 +123,8 @@ class GenerationRequest:
     """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
 
     ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare
-    base. ``arrival`` is in seconds of the monotonic clock.
+    base. ``arrival`` is in seconds of the monotonic clock. Where ``prompt_logprobs`` asks for
+    scores, it is the prompt's tokens from the index ``scores_from`` on (at least 1) that get them.
     """
 
     request_id: str
@@ -123,6 +133,8 @@ class GenerationRequest:
     params: tuple[SamplingParams, ...]
     adapter: AdapterRef | None
     arrival: float
+    priority: Priority = Priority.NORMAL
+    scores_from: int = 1
 
 
 class FinishReason(enum.Enum):
@@ -180,7 +192,8 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a placeholder for each of
+    ``params``, ``adapter``, ``arrival``, ``priority``, ``scores_from`` (an index into the prompt's
+    own tokens), ``prompt_len``, ``token_ids`` (a placeholder for each of
     the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
     loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
     admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
@@ -199,6 +212,8 @@ class Sequence:
     arrival: float
     prompt_len: int
     token_ids: list[int]
+    priority: Priority = Priority.NORMAL
+    scores_from: int = 1
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = BASE_SLOT
     num_computed: int = 0
@@ -213,6 +228,11 @@ class Sequence:
     def output_len(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def background(self) -> bool:
+        """Whether it only runs in what live requests leave."""
+        return self.priority is Priority.BACKGROUND
 
     @property
     def virtual_tokens(self) -> int:

@@ -21,6 +21,7 @@ from manyhats.types import (
     BASE_SLOT,
     AdapterRef,
     Digest,
+    Priority,
     SamplingParams,
     Schedule,
     Sequence,
@@ -100,6 +101,7 @@ class Arrival:
     max_tokens: int
     n: int
     patience: int | None
+    background: bool = False
 
 
 @dataclass
@@ -113,16 +115,18 @@ class World:
     max_tokens: int
     memory: dict[tuple[int, int], tuple[object, ...]] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
+    background_tokens: int = 2
     finished: set[int] = field(default_factory=set)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ever_admitted: set[int] = field(default_factory=set)
 
     def step(self, now: int) -> None:
         self.adapters.tick()
-        running = list(self.scheduler._running.values())
+        running = list(self.scheduler._running)
         decoding = [s for s in running if len(s.token_ids) - s.num_computed == 1]
         schedule = self.scheduler.schedule(float(now))
-        self.check_shape(schedule, decoding)
+        self.check_shape(schedule, [s for s in decoding if not s.background])
+        self.check_background(schedule, running)
         for seq in schedule.preempted:
             assert (seq.num_computed, seq.block_ids, seq.slot) == (0, [], BASE_SLOT)
             self.computed.pop(seq.id, None)
@@ -156,8 +160,21 @@ class World:
             assert item.samples == (item.start + item.count == len(seq.token_ids))
             assert (seq.adapter is None) == (seq.slot == BASE_SLOT)
         first = {s.id for s in self.scheduler.first_admissions}
-        assert first == {i.sequence.id for i in items} - self.ever_admitted
+        live = {i.sequence.id for i in items if not i.sequence.background}
+        assert first == live - self.ever_admitted
         self.ever_admitted |= first
+
+    def check_background(self, schedule: Schedule, before: list[Sequence]) -> None:
+        ours = [i for i in schedule.items if i.sequence.background]
+        live = [i for i in schedule.items if not i.sequence.background]
+        assert all(s.num_cached == 0 for s in before if s.background)
+        if live or self.scheduler.num_waiting:
+            assert sum(i.count for i in ours) <= self.background_tokens
+        if self.scheduler.num_waiting:
+            assert {i.sequence for i in ours} <= set(before), "admitted before a live one"
+        if any(not s.background for s in schedule.preempted):
+            assert not ours
+            assert not self.scheduler.num_background[1], "a live one was preempted first"
 
     def compute(self, seq: Sequence, start: int, count: int) -> None:
         """Read all positions before ``start``, write the next ``count``: each once, in order."""
@@ -186,10 +203,12 @@ class World:
     def check_books(self) -> None:
         self.blocks.check_invariants()
         self.adapters.table.check_invariants()
-        running = self.scheduler._running.values()
+        running = list(self.scheduler._running)
         assert self.blocks.num_used == len({b for s in running for b in s.block_ids})
         assert set(self.adapters.leases) == {s.id for s in running if s.adapter is not None}
-        assert self.scheduler.num_running + self.scheduler.num_waiting == sum(
+        waiting, ran = self.scheduler.num_background
+        assert ran == sum(s.background for s in running)
+        assert self.scheduler.num_running + self.scheduler.num_waiting + waiting == sum(
             len(v) for v in self.scheduler._requests.values()
         )
 
@@ -204,6 +223,7 @@ ARRIVALS = st.lists(
         max_tokens=st.integers(1, 9),
         n=st.integers(1, 3),
         patience=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+        background=st.sampled_from([False, False, True]),
     ),
     min_size=1,
     max_size=14,
@@ -240,6 +260,7 @@ def test_every_sequence_ends_and_nothing_leaks(
         max_step_tokens=max_seqs + spare_tokens,
         max_queue=100,
         max_context=24,
+        background_tokens=2,
     )
     world = World(scheduler, blocks, adapters, max_seqs, max_seqs + spare_tokens)
     ids = itertools.count()
@@ -294,6 +315,7 @@ def sequence(ident: int, request_id: str, index: int, arrival: Arrival) -> Seque
         0.0,
         len(arrival.prompt),
         list(arrival.prompt),
+        Priority.BACKGROUND if arrival.background else Priority.NORMAL,
     )
 
 

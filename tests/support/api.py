@@ -19,6 +19,7 @@ from manyhats.api.factory import create_api
 from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
@@ -40,6 +41,7 @@ class Api:
     grammar: FakeGrammar = field(default_factory=FakeGrammar)
     metrics: Metrics = field(default_factory=lambda: Metrics(10, clock=lambda: 1234.5))
     routers: Sequence[APIRouter] = ()
+    drift: Drift | None = None
     tenants: TenantDirectory = field(
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
@@ -56,6 +58,7 @@ class Api:
                 self.grammar,
                 self.tenants,
                 readiness=self.readiness,
+                drift_detection=self.drift,
             ),
             self.routers,
         )

@@ -26,6 +26,7 @@ from manyhats.types import (
     FinishReason,
     GenerationRequest,
     OutputDelta,
+    Priority,
     SamplingParams,
     TenantId,
     TokenLogprob,
@@ -105,6 +106,7 @@ class LocalEngine:
         *choices: SamplingParams,
         adapter: str | AdapterRef | None = None,
         tenant: str = DEFAULT_TENANT,
+        priority: Priority = Priority.NORMAL,
     ) -> str:
         self._ids += 1
         request_id = f"r{self._ids}"
@@ -117,6 +119,7 @@ class LocalEngine:
                 tuple(choices),
                 self.ref(adapter) if isinstance(adapter, str) else adapter,
                 time.monotonic(),
+                priority,
             )
         )
         return request_id
@@ -199,4 +202,5 @@ def assert_at_rest(engine: LocalEngine) -> None:
     """Nothing runs, waits, or holds a block or a lease."""
     stats = engine.engine.client.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+    assert (stats.background_running, stats.background_waiting) == (0, 0)
     assert [r for r in stats.resident if r.leases] == []

@@ -9,6 +9,8 @@ from fastapi import Request
 
 from manyhats.api.readiness import Readiness
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
+from manyhats.drift.monitor import DriftMonitor
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.lifecycle.warm import RecentUse
@@ -44,6 +46,12 @@ class ApiState:
     usage: UsageLedger = field(default_factory=UsageLedger)
     readiness: Readiness = field(default_factory=Readiness)
     recent: RecentUse = field(default_factory=RecentUse)
+    drift_detection: Drift | None = None
+
+    @property
+    def drift(self) -> DriftMonitor | None:
+        """Who is told of each answer; None where drift detection is off."""
+        return None if self.drift_detection is None else self.drift_detection.monitor
 
 
 def api_state(request: Request) -> ApiState:

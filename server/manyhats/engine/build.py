@@ -108,9 +108,16 @@ def build_engine(
         snapshot=_snapshot(settings, scheduler, blocks, residency),
         mailbox=mailbox,
         max_queue=settings.max_queue,
+        max_background=settings.max_background,
         threads=settings.threads,
     )
-    client = AsyncEngine(loop, postbox, _model_info(settings, base, kernels), base.tokenizer)
+    client = AsyncEngine(
+        loop,
+        postbox,
+        _model_info(settings, base, kernels),
+        base.tokenizer,
+        max_compared_tokens=(settings.compare_mb << 20) // (base.vocab_size * base.dtype.itemsize),
+    )
     return Engine(base, loop, client, residency, grammars, kernels)
 
 
@@ -128,6 +135,8 @@ def _scheduler(
         max_step_tokens=settings.max_step_tokens,
         max_queue=settings.max_queue,
         max_context=base.context_len,
+        max_background=settings.max_background,
+        background_tokens=settings.background_tokens,
         fair=FairShares(shares, Prices(settings.input_price, settings.output_price)),
     )
 
@@ -241,7 +250,7 @@ def _snapshot(
 ) -> Callable[[int, int], EngineStats]:
     def snapshot(steps: int, failed_steps: int) -> EngineStats:
         return EngineStats(
-            running=scheduler.num_running,
+            running=scheduler.num_running - scheduler.num_background[1],
             waiting=scheduler.num_waiting,
             kv_blocks_total=blocks.num_blocks,
             kv_blocks_used=blocks.num_used,
@@ -255,6 +264,8 @@ def _snapshot(
             waiting_adapters=residency.waiting_adapters() if residency else (),
             steps=steps,
             failed_steps=failed_steps,
+            background_waiting=scheduler.num_background[0],
+            background_running=scheduler.num_background[1],
         )
 
     return snapshot

@@ -14,12 +14,12 @@ import torch
 
 from manyhats.engine.interface import EngineObserver, EngineStats
 from manyhats.engine.mailbox import Mailbox
-from manyhats.engine.postprocess import Postprocessor, adapter_name
+from manyhats.engine.postprocess import Postprocessor, RowProbe, adapter_name
 from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner
 from manyhats.errors import DrainingError, EngineFailedError, ManyhatsError, QueueFullError
 from manyhats.scheduler.scheduler import Scheduler
-from manyhats.types import GenerationRequest, OutputDelta, Schedule
+from manyhats.types import GenerationRequest, OutputDelta, Priority, Schedule
 from manyhats.types import Sequence as LiveSequence
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class EngineLoop:
         snapshot: Callable[[int, int], EngineStats],
         mailbox: Mailbox,
         max_queue: int,
+        max_background: int,
         threads: int | None,
     ) -> None:
         self._scheduler = scheduler
@@ -60,7 +61,7 @@ class EngineLoop:
         self._deliver = deliver
         self._snapshot = snapshot
         self._mailbox = mailbox
-        self._max_queue = max_queue
+        self._bounds = {Priority.NORMAL: max_queue, Priority.BACKGROUND: max_background}
         self._threads = threads or torch.get_num_threads()
         self._ready = threading.Event()
         self._sequence_ids = 0
@@ -69,8 +70,8 @@ class EngineLoop:
         self._stats = snapshot(0, 0)
         self._stats_at = time.monotonic()
         self._door = threading.Lock()  # guards the two below
-        self._posted = 0  # sequences submitted that the step thread has not seen yet
-        self._waiting = 0  # sequences in the scheduler's queue
+        self._posted = dict.fromkeys(Priority, 0)  # submitted, not seen by the step thread yet
+        self._waiting = dict.fromkeys(Priority, 0)  # in the scheduler's queues
         self._draining = False
         self._stopping = False
         self._failed = False
@@ -81,24 +82,27 @@ class EngineLoop:
         self._thread.start()
         self._ready.wait()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queues a request; its deltas come through ``deliver``.
+    def submit(self, request: GenerationRequest, probe: RowProbe | None = None) -> None:
+        """Queues a request; its deltas come through ``deliver``. ``probe`` (of a background request
+        of one choice) is given the rows of its prompt that ``prompt_logprobs`` asks for.
 
-        Raises QueueFullError over ``max_queue`` waiting sequences and DrainingError once draining.
+        Raises QueueFullError over ``max_queue`` waiting sequences (``max_background`` of the
+        background ones) and DrainingError once draining.
         """
-        count = len(request.params)
+        count, priority = len(request.params), request.priority
         with self._door:
             if not self.accepting:
                 raise DrainingError("the server is shutting down and takes no new request")
-            queued = self._posted + self._waiting
-            if queued + count > self._max_queue:
+            queued, bound = self._posted[priority] + self._waiting[priority], self._bounds[priority]
+            if queued + count > bound:
+                name = "max_queue" if priority is Priority.NORMAL else "max_background"
                 raise QueueFullError(
                     f"the queue holds {queued} sequences and {count} more would pass its bound of "
-                    f"{self._max_queue} (max_queue)",
+                    f"{bound} ({name})",
                     retry_after_s=1.0,
                 )
-            self._posted += count
-            self._mailbox.post(lambda: self._add(request))
+            self._posted[priority] += count
+            self._mailbox.post(lambda: self._add(request, probe))
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; nothing more is delivered for it."""
@@ -183,8 +187,9 @@ class EngineLoop:
         now = time.monotonic()
         for sequence in self._scheduler.first_admissions:
             self._observer.queued(adapter_name(sequence), now - sequence.arrival)
-        for _ in schedule.preempted:
-            self._observer.preempted()
+        for sequence in schedule.preempted:
+            if not sequence.background:
+                self._observer.preempted()
         failed = [
             OutputDelta(sequence.request_id, sequence.index, error=error)
             for sequence, error in self._scheduler.take_failed()
@@ -195,12 +200,12 @@ class EngineLoop:
         if failed:
             self._publish(failed)
 
-    def _add(self, request: GenerationRequest) -> None:
+    def _add(self, request: GenerationRequest, probe: RowProbe | None) -> None:
         sequences = [self._sequence(request, index) for index in range(len(request.params))]
         with self._door:
-            self._posted -= len(sequences)
+            self._posted[request.priority] -= len(sequences)
         try:
-            self._post.open(sequences)
+            self._post.open(sequences, probe)
             self._scheduler.add_all(sequences)
         except ManyhatsError as error:
             self._post.close(sequences)
@@ -221,6 +226,8 @@ class EngineLoop:
             params=request.params[index],
             adapter=request.adapter,
             arrival=request.arrival,
+            priority=request.priority,
+            scores_from=request.scores_from,
             prompt_len=virtual + len(request.prompt_token_ids),
             token_ids=[0] * virtual + list(request.prompt_token_ids),
         )
@@ -258,4 +265,5 @@ class EngineLoop:
 
     def _set_waiting(self) -> None:
         with self._door:
-            self._waiting = self._scheduler.num_waiting
+            self._waiting[Priority.NORMAL] = self._scheduler.num_waiting
+            self._waiting[Priority.BACKGROUND] = self._scheduler.num_background[0]

@@ -119,14 +119,16 @@ class Rollouts:
 
         return self._change(name, tenant, "schedule", cause, update)
 
-    def hold(self, name: str, tenant: TenantId, cause: Cause) -> Route:
-        """Keep a scheduled canary where it is until ``resume``."""
+    def hold(
+        self, name: str, tenant: TenantId, cause: Cause, *, seen: Route | None = None
+    ) -> Route:
+        """Keep a scheduled canary where it is until ``resume``. ``seen``: see ``rollback``."""
 
         def update(entry: Entry) -> Route:
             plan = replace(_schedule(entry), held=cause.reason or "held")
             return replace(entry.route, canary=replace(_canary(entry), schedule=plan))
 
-        return self._change(name, tenant, "hold", cause, update)
+        return self._change(name, tenant, "hold", cause, _unless_moved(update, seen))
 
     def resume(self, name: str, tenant: TenantId, cause: Cause) -> Route:
         """Let a held canary go on: its present step begins anew."""
@@ -138,11 +140,20 @@ class Rollouts:
 
         return self._change(name, tenant, "resume", cause, update)
 
-    def rollback(self, name: str, tenant: TenantId, cause: Cause, to: int | None = None) -> Route:
+    def rollback(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        to: int | None = None,
+        *,
+        seen: Route | None = None,
+    ) -> Route:
         """End the canary, and go to version ``to`` or BASELINE.
 
         None undoes the last step: it ends a canary and leaves the stable version; where there is no
-        canary, what was stable before is so again.
+        canary, what was stable before is so again. ``seen``: only if the name still has this route
+        (ConflictError otherwise).
         """
 
         def update(entry: Entry) -> Route:
@@ -152,7 +163,7 @@ class Rollouts:
             entry.ready(route.stable, "to")
             return route
 
-        return self._change(name, tenant, "rollback", cause, update)
+        return self._change(name, tenant, "rollback", cause, _unless_moved(update, seen))
 
     def retire(
         self, name: str, tenant: TenantId, cause: Cause, version: int, *, retired: bool = True
@@ -220,6 +231,17 @@ class Rollouts:
         route = self._registry.change(name, action, cause, update)
         logger.info("%s %s by %s: %s", action, name, cause.actor, route.described())
         return route
+
+
+def _unless_moved(update: Callable[[Entry], Route], seen: Route | None) -> Callable[[Entry], Route]:
+    """``update``, refused where the route is not ``seen`` any more."""
+
+    def checked(entry: Entry) -> Route:
+        if seen is not None and entry.route != seen:
+            raise ConflictError(f"the route of {entry.name!r} has changed meanwhile")
+        return update(entry)
+
+    return checked
 
 
 def _check(cause: Cause) -> None:

@@ -16,8 +16,8 @@ The ``vllm:`` series are those of the Kubernetes Gateway API Inference Extension
 protocol. ``lora_requests_info`` has the labels ``max_lora`` (slots), ``running_lora_adapters``
 (names resident on the device) and ``waiting_lora_adapters`` (names on their way), comma-separated;
 only the current label set is exposed, so it is one series, of at most ``slots`` names.
-``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``. Drift's series are in
-``metrics.drift``.
+``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``. ``metrics.drift`` has the series
+of drift detection.
 """
 
 from __future__ import annotations

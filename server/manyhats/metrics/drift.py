@@ -2,9 +2,9 @@
 
 ``adapter`` is as in ``manyhats.metrics``; ``signal`` is a name out of ``drift.signals.SIGNALS``, a
 closed list, or ``any``, which is 0 from the start; ``action`` and ``kind`` are closed lists too
-(``drift.policy.Action``; ``finished``, ``rescored``, ``canary``); ``reason`` says why something was
-not looked at (``queue``, ``rescoring``, ``failed``, ``webhook``); ``label`` is one of three kinds
-of feedback.
+(``drift.actions.Outcome``; ``finished``, ``rescored``, ``canary``); ``reason`` says why something
+was not looked at (``queue``, ``failed``, ``rescoring``, ``too_long``, ``webhook``); ``label`` is
+one of three kinds of feedback.
 
 Types, units and meanings are in ``docs/metrics.md``, which a test holds to the code.
 All gauges are of the version that the name means now.
