@@ -130,6 +130,13 @@ def test_the_drain_fits_the_grace_period(documents):
     assert seen < float(settings["MANYHATS_DRAIN_GRACE_S"])
 
 
+def test_kubernetes_own_variables_are_no_settings(documents):
+    """A Service called `manyhats` would set MANYHATS_PORT=tcp://10.0.0.1:8000 and the like."""
+    assert one(documents, "Service")["metadata"]["name"].upper() == "MANYHATS"
+    pod = one(documents, "Deployment")["spec"]["template"]["spec"]
+    assert pod["enableServiceLinks"] is False
+
+
 def test_keys_are_files_of_a_secret(documents):
     settings = one(documents, "ConfigMap", "manyhats-settings")["data"]
     pod = one(documents, "Deployment")["spec"]["template"]["spec"]
