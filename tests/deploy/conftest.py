@@ -110,7 +110,7 @@ def _prometheus(repository: Path, file, root: Path, address: str):
         (folder / "rules" / path.name).write_text(path.read_text("utf-8"))
     config = (source / "prometheus.yml").read_text("utf-8")
     assert "server:8000" in config
-    config = re.sub(r"(interval|timeout): \d+s", r"\1: 250ms", config)
+    config = re.sub(r"(interval|timeout): \d+s", r"\1: 500ms", config)
     (folder / "prometheus.yml").write_text(config.replace("server:8000", address))
     mapped = {"/etc/prometheus": str(folder), "/prometheus": str(root / "tsdb")}
     arguments = [_mapped(word, mapped) for word in service["command"]]

@@ -57,23 +57,25 @@ def complete(stack, model, **more) -> httpx.Response:
     return stack.http.post("/v1/completions", json=body)
 
 
+def scrapes(stack) -> float:
+    """How many scrapes were good so far."""
+    found = stack.prometheus.query("sum(sum_over_time(up[1h]))")
+    return float(found[0]["value"][1]) if found else 0.0
+
+
 @pytest.fixture(scope="module")
 def used(stack):
     """The stack after traffic over base and adapters, seen by two scrapes and by the rules."""
-
-    def scrapes() -> float:
-        found = stack.prometheus.query("sum(count_over_time(up[1h]))")
-        return float(found[0]["value"][1]) if found else 0.0
 
     def evaluated() -> bool:
         found = stack.prometheus.query("job:manyhats_generation_tokens:rate5m > 0")
         return bool(found)
 
-    stack.prometheus.until(lambda: scrapes() >= 2)
+    stack.prometheus.until(lambda: scrapes(stack) >= 2)
     for model in (stack.base, "pirate", "legal", "haiku"):
         assert complete(stack, model).status_code == 200
-    before = scrapes()
-    stack.prometheus.until(lambda: scrapes() >= before + 2 and evaluated())
+    before = scrapes(stack)
+    stack.prometheus.until(lambda: scrapes(stack) >= before + 2 and evaluated())
     return stack
 
 
@@ -108,16 +110,20 @@ def test_prometheus_scrapes_the_server_and_has_our_rules(used, repository):
 
 
 def test_every_expression_of_rules_and_dashboards_has_a_value(used, repository):
-    empty, count = [], 0
+    left = {}
     for where, expression in expressions(repository):
         for variable, value in VARIABLES.items():
             expression = expression.replace(variable, value)
         assert "$" not in expression, where
-        count += 1
-        if not used.prometheus.query(expression):
-            empty.append(f"{where}: {expression}")
-    assert count > 80
-    assert empty == []
+        left[f"{where}: {expression}"] = expression
+    assert len(left) > 80
+    for _ in range(5):  # a machine under load may miss a scrape, and its series for a moment
+        left = {text: e for text, e in left.items() if not used.prometheus.query(e)}
+        if not left:
+            break
+        seen = scrapes(used)
+        used.prometheus.until(lambda seen=seen: scrapes(used) > seen)
+    assert list(left) == []
 
 
 def test_nothing_is_alarmed_about_a_healthy_server(used):

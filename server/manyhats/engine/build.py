@@ -78,15 +78,7 @@ def build_engine(
         unhook(module)
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
-        residency = AdapterResidency(
-            SlotTable(settings.slots, pool.capacity),
-            pool,
-            load_adapter,
-            host_bytes=settings.host_cache_mb << 20,
-            limits=AdapterLimits.of(settings),
-            post=mailbox.post,
-            observer=observer,
-        )
+        residency = _residency(settings, pool, load_adapter, mailbox, observer)
     install_projections(modules, base.shared, base.dtype, kernels.backend, state)
     scheduler = _scheduler(settings, base, blocks, residency or NoAdapters(), shares)
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
@@ -119,6 +111,24 @@ def build_engine(
         max_compared_tokens=(settings.compare_mb << 20) // (base.vocab_size * base.dtype.itemsize),
     )
     return Engine(base, loop, client, residency, grammars, kernels)
+
+
+def _residency(
+    settings: Settings,
+    pool: AdapterPool,
+    load_adapter: Callable[[Digest], CompiledAdapter],
+    mailbox: Mailbox,
+    observer: EngineObserver,
+) -> AdapterResidency:
+    return AdapterResidency(
+        SlotTable(settings.slots, pool.capacity),
+        pool,
+        load_adapter,
+        host_bytes=settings.host_cache_mb << 20,
+        limits=AdapterLimits.of(settings),
+        post=mailbox.post,
+        observer=observer,
+    )
 
 
 def _scheduler(
