@@ -6,61 +6,30 @@ a flag wins.
 
 from __future__ import annotations
 
-import enum
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from manyhats.choices import Device, Dtype, Kernels, LogLevel, Quantization
+from manyhats.secret_files import with_secret_files
+
+__all__ = [
+    "CLIENT_VARIABLES",
+    "Device",
+    "Dtype",
+    "Kernels",
+    "LogLevel",
+    "Quantization",
+    "Settings",
+    "unknown_variables",
+]
 
 CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
 """Variables of the commands that speak to a running server; no settings of a server."""
-
-
-class Quantization(enum.StrEnum):
-    """How the base's linear weights are kept."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    INT8 = "int8"
-    NONE = "none"
-
-
-class Dtype(enum.StrEnum):
-    """The dtype of activations, of the KV cache and of adapters on the device."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class Device(enum.StrEnum):
-    """Where the base model lives."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Kernels(enum.StrEnum):
-    """The kernel backends by name; ``auto`` is the fastest that works here."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    TORCH = "torch"
-    NATIVE = "native"
-    TRITON = "triton"
-
-
-class LogLevel(enum.StrEnum):
-    """What is logged: messages of this level and above."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 class Settings(BaseSettings):
@@ -110,6 +79,12 @@ class Settings(BaseSettings):
         default=(),
         description="API keys with the tenant role (comma-separated in the environment).",
     )
+    admin_api_keys_file: Path | None = Field(
+        default=None, description="File with admin keys, one a line, beside --admin-api-keys."
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with tenant keys, one a line, beside --api-keys."
+    )
     redis_url: SecretStr | None = Field(
         default=None,
         description="Redis that replicas share: registry, tenants, keys, quotas and usage "
@@ -133,6 +108,9 @@ class Settings(BaseSettings):
     )
     usage_days: int = Field(
         default=400, ge=1, le=3660, description="Days that the tenants' usage is kept."
+    )
+    redis_url_file: Path | None = Field(
+        default=None, description="File with the Redis URL, in the place of --redis-url."
     )
     metrics_open: bool = Field(
         default=False, description="Show /metrics without a key, where keys are configured."
@@ -263,6 +241,18 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         default=30.0, ge=0, description="Seconds that SIGTERM waits for running requests."
     )
+    drain_grace_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=600,
+        description="Seconds from SIGTERM, when /readyz goes down, until new requests are refused.",
+    )
+    prefetch_hot: int = Field(
+        default=32,
+        ge=0,
+        le=4096,
+        description="Hot adapters of the last run that a start prefetches; 0: none.",
+    )
     metrics_adapters: int = Field(
         default=200,
         ge=1,
@@ -332,6 +322,12 @@ class Settings(BaseSettings):
     @classmethod
     def _split_colons(cls, value: object) -> object:
         return tuple(v for v in value.split(":") if v) if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, given: Any) -> Any:
+        """Secrets as files (of Docker or Kubernetes, say): read once, at start."""
+        return with_secret_files(given) if isinstance(given, dict) else given
 
     def base_folder(self, base_id: str) -> Path:
         """Where what belongs to one base lies: its registry and its adapters' bytes."""

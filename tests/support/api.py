@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI
 from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
 from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
@@ -53,6 +54,7 @@ class Api:
     operations: Operations | None = None
     pins: Pins | None = None
     shadows: Shadows | None = None
+    readiness: Readiness = field(default_factory=lambda: Readiness(proven=True))
 
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
@@ -63,6 +65,7 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                readiness=self.readiness,
                 drift_detection=self.drift,
                 evaluations=self.evaluations,
                 operations=self.operations,

@@ -1,28 +1,12 @@
 """The series of drift detection (``manyhats.drift``), their labels and why they are bounded.
 
 ``adapter`` is as in ``manyhats.metrics``; ``signal`` is a name out of ``drift.signals.SIGNALS``, a
-closed list; ``action`` and ``kind`` are closed lists too (``drift.policy.Action``; ``finished``,
-``rescored``, ``canary``); ``reason`` says why something was not looked at (``queue``, ``failed``,
-``rescoring``, ``too_long``, ``webhook``); ``label`` is one of three kinds of feedback.
+closed list, or ``any``, which is 0 from the start; ``action`` and ``kind`` are closed lists too
+(``drift.actions.Outcome``; ``finished``, ``rescored``, ``canary``); ``reason`` says why something
+was not looked at (``queue``, ``failed``, ``rescoring``, ``too_long``, ``webhook``); ``label`` is
+one of three kinds of feedback.
 
-================================  =======  ===============  ===================================
-series                            type     labels           meaning
-================================  =======  ===============  ===================================
-manyhats_drift_score              gauge    adapter, signal  evidence of drift; 1 is the threshold
-manyhats_drift_psi                gauge    adapter, signal  population stability index
-manyhats_drift_ks                 gauge    adapter, signal  Kolmogorov-Smirnov distance
-manyhats_drift_log_e_value        gauge    adapter, signal  natural logarithm, sequential test
-manyhats_drift_kl_mean            gauge    adapter          KL(adapter || base), nats a token
-manyhats_drift_agreement_ratio    gauge    adapter          tokens whose top choice is the base's
-manyhats_drift_reference_samples  gauge    adapter          requests in the frozen reference
-manyhats_drift_samples_total      counter  adapter, kind    requests looked at
-manyhats_drift_dropped_total      counter  reason           not looked at, or not told
-manyhats_drift_alarms_total       counter  adapter, signal  alarms raised
-manyhats_drift_actions_total      counter  adapter, action  actions taken (``dry_run`` included)
-manyhats_drift_stale              gauge    adapter          1: not validated for its period
-manyhats_feedback_total           counter  adapter, label   ``positive``, ``neutral``, ``negative``
-================================  =======  ===============  ===================================
-
+Types, units and meanings are in ``docs/metrics.md``, which a test holds to the code.
 All gauges are of the version that the name means now.
 """
 
@@ -32,10 +16,12 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from manyhats.metrics.labels import LabelCap
+from manyhats.metrics.labels import OTHER_LABEL, LabelCap
 
 _SIGNAL: Final = ("adapter", "signal")
 _ADAPTER: Final = ("adapter",)
+_ANY: Final = "any"
+_ACTIONS: Final = ("hold", "end_canary", "rollback", "baseline", "failed", "dry_run")
 
 
 class DriftMetrics:
@@ -63,6 +49,23 @@ class DriftMetrics:
         self._alarms = self._counter("drift_alarms", "Alarms raised.", _SIGNAL)
         self._actions = self._counter("drift_actions", "Actions taken.", ("adapter", "action"))
         self._feedback = self._counter("feedback", "Feedback received.", ("adapter", "label"))
+
+    def start_at_zero(self) -> None:
+        """What has not happened yet is 0, not absent: for the label ``other``, signal ``any``."""
+        for gauge in (self._score, self._psi, self._ks, self._e_value):
+            gauge.labels(OTHER_LABEL, _ANY)
+        for mean in (self._kl, self._reference, self._stale):
+            mean.labels(OTHER_LABEL)
+        self._agreement.labels(OTHER_LABEL).set(1)
+        for kind in ("finished", "rescored", "canary"):
+            self._samples.labels(OTHER_LABEL, kind)
+        for reason in ("queue", "failed", "rescoring", "too_long", "webhook"):
+            self._dropped.labels(reason)
+        self._alarms.labels(OTHER_LABEL, _ANY)
+        for action in _ACTIONS:
+            self._actions.labels(OTHER_LABEL, action)
+        for label in ("positive", "neutral", "negative"):
+            self._feedback.labels(OTHER_LABEL, label)
 
     def scored(self, adapter: str, signal: str, score: float) -> None:
         """The evidence on one signal, as a share of what raises an alarm."""
