@@ -33,7 +33,11 @@ manyhats_tenant_requests_total        counter    tenant                 requests
 manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
-manyhats_shadow_...                                                     see ``metrics.shadow``
+manyhats_shadow_requests_total        counter    adapter, outcome       ok, error, dropped
+manyhats_shadow_tokens_total          counter    adapter                shadows' tokens
+manyhats_shadow_seconds               histogram  adapter                a shadow's run
+manyhats_shadow_agreement             histogram  adapter                share of equal tokens
+manyhats_shadow_nll                   histogram  adapter                of the answer, nats
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
