@@ -38,6 +38,7 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.http("/v1/models", "GET", 200)
     metrics.used("acme", 10, 3)
     metrics.refused("acme", "max_tokens")
+    metrics.shadow.ran("pirate", 3, 0.5, 0.75, 1.25)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
     return metrics

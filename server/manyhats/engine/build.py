@@ -151,24 +151,6 @@ def _postprocessor(
     )
 
 
-def _residency(
-    settings: Settings,
-    pool: AdapterPool,
-    load_adapter: Callable[[Digest], CompiledAdapter],
-    mailbox: Mailbox,
-    observer: EngineObserver,
-) -> AdapterResidency:
-    return AdapterResidency(
-        SlotTable(settings.slots, pool.capacity),
-        pool,
-        load_adapter,
-        host_bytes=settings.host_cache_mb << 20,
-        limits=AdapterLimits.of(settings),
-        post=mailbox.post,
-        observer=observer,
-    )
-
-
 def _scheduler(
     settings: Settings,
     base: BaseModel,
