@@ -123,6 +123,7 @@ class DriftMonitor:
     def stop(self) -> None:
         """Look at what has come, save, and end."""
         self._worker.stop(self._save)
+        self._watches.clear()  # the sketches' library complains of those that outlive it
 
     def finished(self, done: Finished) -> None:
         """A choice has ended. On the event loop; never blocks."""
