@@ -32,6 +32,7 @@ from manyhats.api import (
     sharing,
     tenants,
     usage,
+    vllm,
 )
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
@@ -70,6 +71,7 @@ _ROUTES = (
     sharing,
     tenants,
     usage,
+    vllm,
 )
 
 

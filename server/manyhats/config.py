@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode
 
 from manyhats.choices import Device, Dtype, Kernels, LogLevel, Quantization
+from manyhats.model_settings import ModelSettings
 from manyhats.secret_files import with_secret_files
 
 __all__ = [
@@ -32,43 +33,8 @@ CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
 """Variables of the commands that speak to a running server; no settings of a server."""
 
 
-class Settings(BaseSettings):
+class Settings(ModelSettings):
     """The server's settings; sizes say their unit in their name or description."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="MANYHATS_", frozen=True, extra="forbid", validate_default=True
-    )
-
-    home: Path = Field(
-        default=Path("~/.manyhats"),
-        description="Folder for models, adapters, the registry and built kernels.",
-    )
-    model: str = Field(
-        default="default",
-        description="Base model: a local folder, a hub id, or 'default' (SmolLM2-135M-Instruct "
-        "from PyPI).",
-    )
-    model_name: str | None = Field(
-        default=None,
-        description="Id under which the base is served; default: the folder's or hub id's name.",
-    )
-    revision: str | None = Field(default=None, description="Revision of a hub model.")
-    quantization: Quantization = Field(
-        default=Quantization.NF4, description="Base weights' format."
-    )
-    dtype: Dtype = Field(default=Dtype.BF16, description="Activations, KV cache and adapters.")
-    device: Device = Field(default=Device.AUTO, description="auto takes CUDA where it is present.")
-    kernels: Kernels = Field(default=Kernels.AUTO, description="Kernel backend.")
-    cuda_graphs: bool = Field(
-        default=True, description="Capture decode steps in CUDA graphs, where the kernels allow it."
-    )
-    layer_stack: bool = Field(
-        default=True,
-        description="On a CPU run decode steps of Llama-shaped bases in one native call.",
-    )
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads for the engine."
-    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
