@@ -40,6 +40,7 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.http("/v1/models", "GET", 200)
     metrics.used("acme", 10, 3)
     metrics.refused("acme", "max_tokens")
+    metrics.evaluated("pirate", {"general_divergence": 0.5}, True)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
     return metrics
