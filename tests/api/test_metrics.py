@@ -8,6 +8,7 @@ import pytest
 from support.fake_engine import FakeEngine
 
 import manyhats.metrics
+import manyhats.metrics.drift
 from manyhats.engine.interface import EngineObserver, EngineStats
 from manyhats.metrics import LabelCap, Metrics
 from manyhats.types import FinishReason
@@ -43,6 +44,17 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.evaluated("pirate", {"general_divergence": 0.5}, True)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
+    metrics.drift.scored("pirate", "kl", 0.5)
+    metrics.drift.compared("pirate", "kl", psi=0.1, ks=0.2)
+    metrics.drift.e_value("pirate", "kl", 1.0)
+    metrics.drift.against_base("pirate", kl=0.3, agreement=0.9)
+    metrics.drift.reference("pirate", 300)
+    metrics.drift.stale("pirate", False)
+    metrics.drift.sampled("pirate", "finished")
+    metrics.drift.dropped("queue")
+    metrics.drift.alarm("pirate", "kl")
+    metrics.drift.action("pirate", "rollback")
+    metrics.drift.feedback("pirate", "positive")
     return metrics
 
 
@@ -176,9 +188,8 @@ def test_no_creation_times():
     assert not any(re.search(r"_created(\{|$)", name) for name in samples(full()))
 
 
-def table() -> dict[str, tuple[str, set[str]]]:
-    """The docstring's table: series to (type, labels)."""
-    doc = manyhats.metrics.__doc__ or ""
+def table(doc: str) -> dict[str, tuple[str, set[str]]]:
+    """A docstring's table: series to (type, labels)."""
     columns = [
         (m.start(), m.end()) for m in re.finditer("=+", doc[doc.index("====") :].split("\n")[0])
     ]
@@ -202,8 +213,9 @@ DESCRIBED_BELOW = {
 
 
 def test_the_table_in_the_docstring_is_the_truth():
+    tables = table(manyhats.metrics.__doc__) | table(manyhats.metrics.drift.__doc__)
     described = {
-        name: (kind, DESCRIBED_BELOW.get(name, labels)) for name, (kind, labels) in table().items()
+        name: (kind, DESCRIBED_BELOW.get(name, labels)) for name, (kind, labels) in tables.items()
     }
     real = {}
     for family in full().registry.collect():
