@@ -42,6 +42,17 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.evaluated("pirate", {"general_divergence": 0.5}, True)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
+    metrics.drift.scored("pirate", "kl", 0.5)
+    metrics.drift.compared("pirate", "kl", psi=0.1, ks=0.2)
+    metrics.drift.e_value("pirate", "kl", 1.0)
+    metrics.drift.against_base("pirate", kl=0.3, agreement=0.9)
+    metrics.drift.reference("pirate", 300)
+    metrics.drift.stale("pirate", False)
+    metrics.drift.sampled("pirate", "finished")
+    metrics.drift.dropped("queue")
+    metrics.drift.alarm("pirate", "kl")
+    metrics.drift.action("pirate", "rollback")
+    metrics.drift.feedback("pirate", "positive")
     return metrics
 
 

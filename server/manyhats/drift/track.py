@@ -137,7 +137,7 @@ class Track:
         alpha = self._alpha / 2 * share(max(1, self.looks))
         statistic, log_p = self._compared(window) if self._tested else (0.0, 0.0)
         psi, bins = self._psi(window)
-        by_window, by_mean = log_p / math.log(alpha), max(0.0, log_e) / self._bet_bar()
+        by_window, by_mean = max(0.0, log_p / math.log(alpha)), max(0.0, log_e) / self._bet_bar()
         test = Detector.WINDOW if by_window >= by_mean else Detector.MEAN
         sizes = max(1, self.reference.count), max(1, window.count)
         return Finding(
