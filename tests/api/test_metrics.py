@@ -39,7 +39,7 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.used("acme", 10, 3)
     metrics.refused("acme", "max_tokens")
     metrics.shadow.ran("pirate", 3, 0.5, 0.75, 1.25)
-    metrics.evaluated("pirate", {"general_divergence": 0.5}, True)
+    metrics.lifecycle.evaluated("pirate", {"general_divergence": 0.5}, True)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
     metrics.drift.scored("pirate", "kl", 0.5)

@@ -59,7 +59,7 @@ class Replica:
 
     def store(self) -> tuple[str, float]:
         shown = self.http.get("/readyz").json()["store"]
-        return shown, self.server.value("manyhats_store_reachable")
+        return shown, self.server.value("manyhats_store_up", store="registry")
 
 
 class Pair:

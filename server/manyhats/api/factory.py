@@ -58,6 +58,10 @@ def create_api(
     state.metrics.watch_server(
         manyhats.__version__,
         ready=lambda: state.readiness.reason(state.engine) is None,
-        stores=lambda: {"tenants": state.tenants.reachable, "quotas": state.limiter.reachable},
+        stores=lambda: {
+            "registry": state.store_reachable(),
+            "tenants": state.tenants.reachable,
+            "quotas": state.limiter.reachable,
+        },
     )
     return app
