@@ -287,6 +287,44 @@ def test_prepare_takes_no_lease_and_keeps_against_younger_requests() -> None:
     assert isinstance(table.prepare(C, (4,), 3), StartLoad)
 
 
+# -- a request that wants several ----------------------------------------------
+
+
+def test_what_it_has_makes_no_room_for_the_rest_of_what_it_wants() -> None:
+    table = SlotTable(2, (8,))
+    hold(table, A, (4,), 1)
+    table.release(A)
+    hold(table, C, (4,), 2)
+    assert table.prepare(A, (4,), 5) == Present(0)
+    assert table.prepare(B, (4,), 5) == FULL
+    assert table.prepare(C, (4,), 6) == FULL, "drained for it, though A has no lease"
+    table.release(C)
+    assert isinstance(table.prepare(B, (4,), 5), StartLoad)
+    table.loaded(B)
+    assert (table.acquire(A, (4,), 5), table.acquire(B, (4,), 5)) == (Acquired(0), Acquired(1))
+
+
+def test_what_a_younger_one_has_found_gives_way_to_an_older_one() -> None:
+    table = SlotTable(2, (8,))
+    hold(table, A, (4,), 1)
+    load(table, B, (4,), 9)
+    assert table.prepare(B, (4,), 9) == Present(1)
+    assert table.prepare(C, (4,), 9) == FULL
+    assert isinstance(table.prepare(D, (4,), 3), StartLoad), "B goes: 9 waits for another still"
+
+
+def test_what_never_fits_together_is_refused_to_the_one_who_wants_it_alone() -> None:
+    table = SlotTable(2, (6,))
+    hold(table, A, (4,), 1)
+    table.release(A)
+    assert table.prepare(A, (4,), 5) == Present(0)
+    assert table.acquire(B, (4,), 7) == FULL, "for itself it would fit"
+    with pytest.raises(AdapterLoadError, match="beside the other adapters of its ensemble"):
+        table.prepare(B, (4,), 5)
+    table.cancel_wait(5)
+    assert isinstance(table.acquire(B, (4,), 7), StartLoad)
+
+
 # -- the line -----------------------------------------------------------------
 
 

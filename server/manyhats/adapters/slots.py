@@ -9,8 +9,11 @@ Pure bookkeeping for the step loop's thread; it moves no weights. What it promis
   and only the first of the line is placed. For it, *victims* are chosen among the adapters in use
   (fewest leases, then least recently used) and drained: requests younger than the waiting one get
   no new lease on a victim and join the line; its leases end, and it is evicted.
-- An adapter that was loaded for a waiting request keeps its place until its first lease, so that
-  nothing is loaded only to be thrown out again; until then it is not drained either.
+- An adapter that was loaded for a waiting request keeps its place until that request comes for it,
+  so that nothing is loaded only to be thrown out again; until then it is not drained either.
+- A request may want several adapters at once (an ensemble) and asks for each with one ticket. What
+  it has found present already is kept for it against younger requests, and never makes room for its
+  others. So the oldest of such requests always gets on.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ class _Entry:
     place: Placement
     requesters: set[int]  # requests that the place is kept for, until the next lease
     ready: bool = False
-    leased_before: bool = False
+    claimed: bool = False  # a request has found it present
     leases: int = 0
     pinned: bool = False
     dropped: bool = False
@@ -52,7 +55,7 @@ class _Entry:
     @property
     def reserved(self) -> bool:
         """Brought for a request that has not come for it yet."""
-        return not self.leased_before and bool(self.requesters)
+        return not self.claimed and bool(self.requesters)
 
     def evictable(self, ticket: int) -> bool:
         """Whether it may go at once for a request with this ticket."""
@@ -97,7 +100,7 @@ class SlotTable:
         if not isinstance(entry, _Entry):
             return entry
         entry.leases += 1
-        entry.leased_before = True
+        entry.claimed = True
         entry.requesters.clear()
         self._line.leave(digest)
         return Acquired(entry.place.slot)
@@ -113,6 +116,7 @@ class SlotTable:
         entry = self._ask(digest, ranks, ticket)
         if not isinstance(entry, _Entry):
             return entry
+        entry.claimed = entry.claimed or ticket in entry.requesters
         entry.requesters.add(ticket)
         return Present(entry.place.slot)
 
@@ -258,7 +262,11 @@ class SlotTable:
         if victims is not None:
             return self._place(waiter, victims)
         waiter.tried = self._epoch
-        self._plan_drain(waiter)
+        if not self._plan_drain(waiter) and ticket == waiter.oldest:
+            self._line.leave(digest)
+            raise AdapterLoadError(
+                "There is no room on the device for it beside the other adapters of its ensemble."
+            )
         return Wait(WaitReason.FULL)
 
     def _victims(
@@ -287,21 +295,26 @@ class SlotTable:
             return False
         return entry.digest in drain.victims and ticket > head.oldest
 
-    def _plan_drain(self, waiter: Waiter) -> None:
+    def _plan_drain(self, waiter: Waiter) -> bool:
         """Choose victims for the head of the line, and keep to them: a new choice each time as
-        leases come and go might never see one drained."""
+        leases come and go might never see one drained. False: there are not enough beside what
+        the oldest who waits has already."""
         drain = self._drain
+        candidates = [
+            e for e in self._entries.values() if not e.pinned and waiter.oldest not in e.requesters
+        ]
         if drain is not None and drain.digest == waiter.digest:
-            chosen = [e for d in drain.victims if (e := self._entries.get(d)) and not e.pinned]
-            if drain.layout == self._layout or self._victims(waiter.ranks, chosen) is not None:
+            chosen = [e for e in candidates if e.digest in drain.victims]
+            same = drain.layout == self._layout and len(chosen) == len(drain.victims)
+            if same or self._victims(waiter.ranks, chosen) is not None:
                 drain.layout = self._layout
-                return
-        candidates = [e for e in self._entries.values() if not e.pinned]
+                return True
         candidates.sort(key=lambda e: (not e.ready or e.reserved, e.leases))
         victims = self._victims(waiter.ranks, candidates)
         if victims is None:
-            raise SlotStateError(f"{waiter.digest} passed the check and still finds no room")
+            return False
         self._drain = _Drain(waiter.digest, frozenset(e.digest for e in victims), self._layout)
+        return True
 
     def _set_pin(self, entry: _Entry, pinned: bool) -> None:
         if entry.pinned != pinned:

@@ -38,8 +38,8 @@ class _Entry:
     """What is known of one adapter version that somebody asked for.
 
     ``needs`` (``AdapterPool.needs``) is set once the adapter has been on the host, ``slot`` once it
-    has one; ``waiters`` are the ids of sequences that were told to wait; a failure holds for those
-    who waited when it happened. ``leases`` counts this file's own.
+    has one; ``waiters`` are the tickets of sequences that were told to wait; a failure holds for
+    those who waited when it happened. ``leases`` counts this file's own.
     """
 
     ref: AdapterRef
@@ -82,8 +82,13 @@ class AdapterResidency:
         self._device_thread = _threads("adapter-device", 1)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Starts to bring the adapter to the host tier and undoes a ``drop``. Thread-safe."""
-        self._post(lambda: self._prefetch(ref))
+        """Starts to bring what the adapter's lanes wear to the host tier and undoes a ``drop``.
+
+        Thread-safe.
+        """
+        for worn in ref.lanes:
+            if worn is not None:
+                self._post(partial(self._prefetch, worn))
 
     def prepare(self, seq: Sequence) -> Admission:
         """Gets the adapter on its way, takes no lease; Ready where ``acquire`` would be too."""
@@ -111,11 +116,11 @@ class AdapterResidency:
         if seq.adapter is None:
             return
         digest = seq.adapter.digest
-        self._slots.cancel_wait(seq.id)
+        self._slots.cancel_wait(seq.ticket)
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.waiters.discard(seq.id)
-            entry.failed.pop(seq.id, None)
+            entry.waiters.discard(seq.ticket)
+            entry.failed.pop(seq.ticket, None)
             self._forget_if_idle(digest)
 
     def drop(self, ref: AdapterRef) -> None:
@@ -168,16 +173,16 @@ class AdapterResidency:
         if seq.adapter is None:
             raise ValueError("a sequence of the base needs no slot")
         entry = self._entry(seq.adapter)
-        error = entry.failed.pop(seq.id, None)
+        error = entry.failed.pop(seq.ticket, None)
         if error is not None:
             return self._fail(seq, entry, error)
         if entry.needs is None:
             self._start_host_load(entry)
-            entry.waiters.add(seq.id)
+            entry.waiters.add(seq.ticket)
             return _PENDING
         ask = self._slots.acquire if lease else self._slots.prepare
         try:
-            answer = ask(entry.ref.digest, entry.needs, seq.id)
+            answer = ask(entry.ref.digest, entry.needs, seq.ticket)
         except AdapterLoadError as failure:
             return self._fail(seq, entry, failure)
         return self._answer(seq, entry, answer)
@@ -186,10 +191,10 @@ class AdapterResidency:
         self, seq: Sequence, entry: _Entry, answer: Acquired | Present | StartLoad | Wait
     ) -> Admission:
         if isinstance(answer, Acquired | Present):
-            entry.waiters.discard(seq.id)
+            entry.waiters.discard(seq.ticket)
             entry.leases += isinstance(answer, Acquired)
             return Ready(answer.slot)
-        entry.waiters.add(seq.id)
+        entry.waiters.add(seq.ticket)
         if isinstance(answer, StartLoad):
             for digest in answer.evicted:
                 evicted = self._entries[digest]
@@ -207,8 +212,8 @@ class AdapterResidency:
         self._device_thread.submit(self._pool.clear, entry.slot)
 
     def _fail(self, seq: Sequence, entry: _Entry, error: ManyhatsError) -> Failed:
-        entry.waiters.discard(seq.id)
-        self._slots.cancel_wait(seq.id)
+        entry.waiters.discard(seq.ticket)
+        self._slots.cancel_wait(seq.ticket)
         self._forget_if_idle(entry.ref.digest)
         return Failed(error)
 

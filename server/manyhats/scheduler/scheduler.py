@@ -19,6 +19,11 @@ tenant's queue to be computed again. Keeping the lease would let a sequence that
 a slot, and hold up the draining that another one's adapter waits for. Whoever was admitted first
 is preempted only by itself, for want of others, and ``add`` refuses what does not fit alone: so
 somebody always gets on.
+
+A choice of an ensemble is one sequence with several *lanes*, which are what is computed: each takes
+a place among ``max_num_seqs``, blocks and a lease. It is admitted, preempted and ended with all of
+them, and no lane computes its last known token before all do in the same step, as the token drawn
+there is everybody's next.
 """
 
 from __future__ import annotations
@@ -29,11 +34,11 @@ from manyhats.errors import ManyhatsError, QueueFullError, RequestError
 from manyhats.scheduler.blocks import BlockManager, SchedulerStateError
 from manyhats.scheduler.budget import Budget
 from manyhats.scheduler.fair import FairShares
+from manyhats.scheduler.holdings import Holdings
 from manyhats.scheduler.pace import AdmissionPace
 from manyhats.scheduler.queue import Scan, WaitingQueue
-from manyhats.scheduler.residency import Failed, Pending, Ready, Residency
+from manyhats.scheduler.residency import Admission, Failed, Pending, Ready, Residency
 from manyhats.types import (
-    BASE_SLOT,
     AdapterRef,
     Schedule,
     ScheduledSequence,
@@ -63,12 +68,11 @@ class Scheduler:
         fair: FairShares | None = None,
     ) -> None:
         self._blocks = blocks
-        self._residency = residency
         self._budget = Budget(max_num_seqs, max_step_tokens, max_queue, max_context)
-        # Left free at an admission, lest those that run already be preempted at once.
-        self._reserve = max(1, blocks.num_blocks // 100)
+        self._holdings = Holdings(blocks, residency)
         self._queue = WaitingQueue(fair)
         self._running: dict[int, Sequence] = {}  # by id, in the order of admission
+        self._lanes = 0  # of those that run
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._failed: list[tuple[Sequence, ManyhatsError]] = []
         self._first_admissions: list[Sequence] = []
@@ -140,8 +144,7 @@ class Scheduler:
                 self._leave(seq)
             else:
                 self._queue.remove(seq)
-                if seq.adapter is not None:
-                    self._residency.cancel(seq)
+                self._holdings.cancel(seq)
             self._forget(seq)
         return seqs
 
@@ -161,7 +164,7 @@ class Scheduler:
         for seq in self._running.values():
             if budget == 0:
                 break
-            if len(seq.token_ids) - seq.num_computed > 1:
+            if not _decodes(seq):
                 budget -= self._schedule_chunk(seq, budget, chunks)
         self._first_admissions = []
         self._admit(0 if preempted else budget, chunks)
@@ -178,18 +181,28 @@ class Scheduler:
         sequence. With ``finished`` the sequence ends and gives back all it holds (then ``token``
         may be None: nothing was to be drawn). Raises SchedulerStateError for an item out of date.
         """
-        seq = item.sequence
-        if self._running.get(seq.id) is not seq or item.start != seq.num_computed:
-            raise SchedulerStateError(f"sequence {seq.id} is not at position {item.start}")
-        if (token is not None and not item.samples) or (
-            token is None and item.samples and not finished
-        ):
-            raise SchedulerStateError(f"sequence {seq.id}: token {token}, samples {item.samples}")
-        seq.num_computed = item.start + item.count
-        self._blocks.commit(seq, seq.num_computed)
-        if token is not None:
+        self.complete_lanes((item,), token, finished)
+
+    def complete_lanes(
+        self, items: SequenceABC[ScheduledSequence], token: int | None, finished: bool
+    ) -> None:
+        """As ``complete`` for the items of a step that are one sequence's: all lanes it computed.
+
+        The tenant is charged for each lane's token.
+        """
+        seq = items[0].sequence.whole or items[0].sequence
+        if self._running.get(seq.id) is not seq:
+            raise SchedulerStateError(f"sequence {seq.id} does not run")
+        _check_items(seq, items, token, finished)
+        for item in items:
+            lane = item.sequence
+            lane.num_computed = item.start + item.count
+            self._blocks.commit(lane, lane.num_computed)
+            if token is not None:
+                lane.token_ids.append(token)
+                self._queue.fair.charge_output(seq.tenant)
+        if token is not None and seq.lanes:
             seq.token_ids.append(token)
-            self._queue.fair.charge_output(seq.tenant)
         if finished:
             self._leave(seq)
             self._forget(seq)
@@ -203,113 +216,96 @@ class Scheduler:
         """
         preempted: list[Sequence] = []
         for seq in tuple(self._running.values()):
-            known = len(seq.token_ids)
-            if seq.status is not SequenceStatus.RUNNING or known - seq.num_computed != 1:
+            if seq.status is not SequenceStatus.RUNNING or not _decodes(seq):
                 continue
-            while not self._blocks.allocate(seq, known):
+            while not self._holdings.grow(seq):
                 victim = next(reversed(self._running.values()))
                 self._preempt(victim)
                 preempted.append(victim)
                 if victim is seq:
                     break
             else:
-                items.append(ScheduledSequence(seq, seq.num_computed, 1, True))
+                items += [ScheduledSequence(e, e.num_computed, 1, True) for e in seq.computed]
         return preempted
 
     def _schedule_chunk(self, seq: Sequence, budget: int, items: list[ScheduledSequence]) -> int:
-        left = len(seq.token_ids) - seq.num_computed
-        count = min(budget, left)
-        items.append(ScheduledSequence(seq, seq.num_computed, count, count == left))
-        return count
+        """What is left of the sequence, or as much as the budget lets; lanes end together."""
+        ends = sum(lane.left for lane in seq.computed) <= budget
+        kept = 1 if seq.lanes and not ends else 0  # the last token, which draws the next one
+        taken = 0
+        for lane in seq.computed:
+            count = min(budget - taken, lane.left - kept)
+            if count > 0:
+                items.append(ScheduledSequence(lane, lane.num_computed, count, ends))
+                taken += count
+        return taken
 
     def _admit(self, budget: int, items: list[ScheduledSequence]) -> None:
         """Admit while there is room, then get the next ones' adapters on their way."""
         if not self._queue:
             return
         scan = self._queue.scan()
-        while budget and len(self._running) < self._budget.max_num_seqs:
+        while budget and self._lanes < self._budget.max_num_seqs:
             seq = scan.head()
             if seq is None:
                 return
             if not self._adapter_ready(scan, seq):
                 continue
-            if not self._take_blocks(seq):
-                break  # its turn: anyone after it would take the blocks it waits for
+            if self._lanes + len(seq.computed) > self._budget.max_num_seqs:
+                break  # its turn: anyone after it would take the places it waits for
+            if not self._holdings.take_blocks(seq, alone=not self._running):
+                break  # and the blocks
             if not self._lease(scan, seq):
                 continue
             scan.take()
             self._running[seq.id] = seq
+            self._lanes += len(seq.computed)
             seq.status = SequenceStatus.RUNNING
             if seq.preemptions == 0:
                 self._first_admissions.append(seq)
             budget -= self._schedule_chunk(seq, budget, items)
         for seq in scan.ahead(_LOOKAHEAD):
-            answer = self._residency.prepare(seq)
+            answer = self._holdings.prepare(seq)
             if isinstance(answer, Failed):
                 self._queue.remove(seq)
                 self._fail(seq, answer.error)
 
     def _adapter_ready(self, scan: Scan, seq: Sequence) -> bool:
         """Whether the head could be leased its adapter now; if not, the scan goes on without it."""
-        if seq.adapter is None:
-            return True
-        return self._heed(scan, seq, self._residency.prepare(seq)) is not None
+        return self._heed(scan, seq, self._holdings.prepare(seq))
 
     def _lease(self, scan: Scan, seq: Sequence) -> bool:
-        """Take the lease of the head, which has its blocks; without it they go back."""
-        if seq.adapter is None:
-            seq.slot = BASE_SLOT
+        """Take the leases of the head, which has its blocks; without them those go back."""
+        if self._heed(scan, seq, self._holdings.lease(seq)):
             return True
-        slot = self._heed(scan, seq, self._residency.acquire(seq))
-        if slot is None:
-            self._blocks.cancel_match(seq)
-            seq.num_computed = 0
-            return False
-        seq.slot = slot
-        return True
+        self._holdings.cancel_blocks(seq)
+        return False
 
-    def _heed(self, scan: Scan, seq: Sequence, answer: Ready | Pending | Failed) -> int | None:
-        """The slot, or None once the head is passed over (its adapter is pending) or has failed."""
-        if isinstance(answer, Ready):
-            return answer.slot
+    def _heed(self, scan: Scan, seq: Sequence, answer: Admission) -> bool:
+        """Whether it is Ready; else the head is passed over (its adapter is pending) or fails."""
         if isinstance(answer, Failed):
             scan.drop()
             self._fail(seq, answer.error)
-        else:
+        elif isinstance(answer, Pending):
             scan.pass_over()
-        return None
-
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Blocks for all known tokens, cached ones included; for one alone there always are."""
-        if self._running and self._blocks.num_free <= self._reserve:
-            return False
-        cached = self._blocks.match(seq)
-        fits = self._blocks.allocate(seq, len(seq.token_ids))
-        if fits and self._running and self._blocks.num_free < self._reserve:
-            fits = False
-        if not fits:
-            self._blocks.cancel_match(seq)
-            return False
-        seq.num_computed = cached
-        seq.num_cached = min(cached, seq.prompt_len)
-        return True
+        return isinstance(answer, Ready)
 
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
         seq.status = SequenceStatus.WAITING
-        seq.num_computed = 0
         seq.preemptions += 1
+        for lane in seq.computed:
+            lane.num_computed = 0
         self._queue.push_front(seq)
 
     def _leave(self, seq: Sequence) -> None:
         """Give back what a running sequence holds."""
         del self._running[seq.id]
-        self._blocks.free(seq)
-        if seq.adapter is not None:
-            self._residency.release(seq)
-        seq.slot = BASE_SLOT
+        self._lanes -= len(seq.computed)
+        self._holdings.give_back(seq)
 
     def _fail(self, seq: Sequence, error: ManyhatsError) -> None:
+        self._holdings.cancel(seq)
         self._failed.append((seq, error))
         self._forget(seq)
 
@@ -319,3 +315,24 @@ class Scheduler:
         siblings.remove(seq)
         if not siblings:
             del self._requests[seq.request_id]
+
+
+def _decodes(seq: Sequence) -> bool:
+    """Whether a running sequence, with all its lanes, lacks just one token."""
+    return all(lane.left == 1 for lane in seq.computed)
+
+
+def _check_items(
+    seq: Sequence, items: SequenceABC[ScheduledSequence], token: int | None, finished: bool
+) -> None:
+    """Raises SchedulerStateError for items out of date or a token that nobody was to draw."""
+    for item in items:
+        lane = item.sequence
+        if (lane.whole or lane) is not seq or item.start != lane.num_computed:
+            raise SchedulerStateError(f"sequence {lane.id} is not at position {item.start}")
+        if (token is not None and not item.samples) or (
+            token is None and item.samples and not finished
+        ):
+            raise SchedulerStateError(f"sequence {lane.id}: token {token}, samples {item.samples}")
+    if (token is not None or finished) and len(items) != len(seq.computed):
+        raise SchedulerStateError(f"sequence {seq.id} ends a step with some of its lanes")
