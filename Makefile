@@ -19,6 +19,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 # Added to the command of `make test`, e.g. make test TESTS="tests/api -x"
 TESTS ?=
+# Processes that `make test` spreads the test files over; 0: none but its own
+WORKERS ?= 2
 # Added to the command of `make bench`, e.g. make bench BENCH="--quick --rounds 1"
 BENCH ?=
 
@@ -45,7 +47,7 @@ serve: install ## Serve the default model and the demo adapters on 127.0.0.1:800
 
 test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 	@$(BIN)/manyhats fetch-default >/dev/null
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .

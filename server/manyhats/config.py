@@ -93,6 +93,10 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(
         default=True, description="Capture decode steps in CUDA graphs, where the kernels allow it."
     )
+    layer_stack: bool = Field(
+        default=True,
+        description="On a CPU run decode steps of Llama-shaped bases in one native call.",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads for the engine."
     )

@@ -100,7 +100,7 @@ def with_graphs(engine: LocalEngine) -> StandIn:
     stand_in = StandIn(its._state)
     blocks = engine.engine.client.stats().kv_blocks_total
     shape = GraphShape(max_num_seqs=4, max_blocks=32, block_size=16, cache_blocks=blocks, slots=32)
-    its._graphs = DecodeGraphs(
+    its._fast = DecodeGraphs(
         lambda *tensors: runner.forward(its._module, *tensors), shape, its._state, DEVICE, stand_in
     )
     return stand_in
@@ -171,7 +171,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(both, caplog):
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    captured.engine.loop._runner._graphs._capture = refuse
+    captured.engine.loop._runner._fast._capture = refuse
     with captured, plain:
         sampling = params(3, ignore_eos=True)
         outputs = captured.generate(PROMPTS[:2], sampling)
@@ -270,9 +270,9 @@ def test_a_replay_has_the_bits_of_an_eager_step(tmp_path):
         worn = {"q": adapter(base, "q", 3, "q_proj"), "all": adapter(base, "all", 5, "proj")}
         engine = LocalEngine(base, tmp_path, worn, kernels="triton", cuda_graphs=captured)
         its, kept = engine.engine.loop._runner, seen.setdefault(captured, [])
-        assert (its._graphs is not None) == captured
+        assert (its._fast is not None) == captured
         if captured:
-            assert isinstance(its._graphs._capture, CudaCapture)
+            assert isinstance(its._fast._capture, CudaCapture)
         run = its.run
 
         def watched(schedule, run=run, kept=kept):
@@ -283,7 +283,7 @@ def test_a_replay_has_the_bits_of_an_eager_step(tmp_path):
         its.run = watched
         with engine:
             engine.generate(PROMPTS, sampling, ["q", None, "all", "q"])
-            assert not captured or its._graphs._graphs
+            assert not captured or its._fast._graphs
     assert len(seen[True]) == len(seen[False])
     assert all(torch.equal(a, b) for a, b in zip(seen[True], seen[False], strict=True))
     assert seen[True][0].shape[1] == VOCAB

@@ -28,8 +28,8 @@ from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWei
 from manyhats_kernels.native.build import build, load
 from manyhats_kernels.native.dense import NativeDense
 from manyhats_kernels.native.parts import DTYPE_CODES, NativeParts, check_memory
-
-MAX_HEAD_DIM = 256
+from manyhats_kernels.native.stack import NativeStack
+from manyhats_kernels.stack import MAX_HEAD_DIM
 
 PREFILL_QUERIES = 32
 """New tokens above which a sequence is gathered and attended to by PyTorch's blocked attention."""
@@ -52,7 +52,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-class NativeBackend(NativeParts, NativeDense):
+class NativeBackend(NativeParts, NativeDense, NativeStack):
     """C kernels on the CPU; see :class:`manyhats_kernels.backend.Backend`.
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
@@ -77,6 +77,7 @@ class NativeBackend(NativeParts, NativeDense):
         self._amx = library.mh_amx()
         NativeParts.__init__(self, library)
         NativeDense.__init__(self, library)
+        NativeStack.__init__(self, library)
 
     @classmethod
     def load(cls, cache_dir: Path) -> NativeBackend:

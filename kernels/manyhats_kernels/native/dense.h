@@ -7,24 +7,24 @@ INLINE vf NAME(rounded)(vf v) {
     return LOAD(whole);
 }
 
+INLINE void NAME(rms_norm_row)(T *to, const T *row, const T *weight, int64_t n, float eps) {
+    vf squares = zero();
+    for (int64_t c = 0; c < n; c += LANES) {
+        vf v = NAME(load_upto)(row, c, n);
+        squares += v * v;
+    }
+    vf factor = splat(1.0f / sqrtf(lanes_sum(squares) / (float)n + eps));
+    for (int64_t c = 0; c < n; c += LANES) {
+        vf v = NAME(rounded)(NAME(load_upto)(row, c, n) * factor) * NAME(load_upto)(weight, c, n);
+        if (c + LANES <= n) STORE(to + c, v);
+        else NAME(store_part)(to + c, v, n - c);
+    }
+}
+
 static void NAME(rms_norm_run)(T *y, const T *x, int64_t x_stride, const T *weight, int64_t n, float eps,
                                int64_t tokens, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++) {
-        const T *row = x + t * x_stride;
-        T *to = y + t * n;
-        vf squares = zero();
-        for (int64_t c = 0; c < n; c += LANES) {
-            vf v = NAME(load_upto)(row, c, n);
-            squares += v * v;
-        }
-        vf factor = splat(1.0f / sqrtf(lanes_sum(squares) / (float)n + eps));
-        for (int64_t c = 0; c < n; c += LANES) {
-            vf v = NAME(rounded)(NAME(load_upto)(row, c, n) * factor) * NAME(load_upto)(weight, c, n);
-            if (c + LANES <= n) STORE(to + c, v);
-            else NAME(store_part)(to + c, v, n - c);
-        }
-    }
+    for (int64_t t = 0; t < tokens; t++) NAME(rms_norm_row)(y + t * n, x + t * x_stride, weight, n, eps);
 }
 
 /* silu(g) = g / (1 + exp(-g)), without an exponential of anything positive. */

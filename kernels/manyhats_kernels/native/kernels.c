@@ -245,3 +245,4 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
 #include "dense_entry.h"
 #include "parts_entry.h"
 #include "quant4.h"
+#include "stack.h"

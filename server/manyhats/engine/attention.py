@@ -28,15 +28,15 @@ class PagedAttention:
     ``prefixes``: the adapters' own keys and values for their virtual tokens.
     """
 
-    __slots__ = ("_backend", "_k_cache", "_state", "_v_cache", "prefixes")
+    __slots__ = ("_backend", "_state", "k_cache", "prefixes", "v_cache")
 
     def __init__(
         self, backend: Backend, state: StepState, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
         self._backend = backend
         self._state = state
-        self._k_cache = k_cache
-        self._v_cache = v_cache
+        self.k_cache = k_cache
+        self.v_cache = v_cache
         self.prefixes: PrefixSite | None = None
 
     def __call__(
@@ -53,11 +53,11 @@ class PagedAttention:
         q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         if self._state.virtual and self.prefixes is not None:
             self.prefixes.apply(k, v, self._state)
-        self._backend.store_kv(k, v, self._k_cache, self._v_cache, batch)
+        self._backend.store_kv(k, v, self.k_cache, self.v_cache, batch)
         out = self._backend.paged_attention(
             q,
-            self._k_cache,
-            self._v_cache,
+            self.k_cache,
+            self.v_cache,
             batch,
             scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
             sliding_window=sliding_window,

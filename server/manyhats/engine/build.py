@@ -28,8 +28,9 @@ from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
 from manyhats.engine.residency import AdapterResidency
-from manyhats.engine.runner import ModelRunner, forward
+from manyhats.engine.runner import FastDecode, ModelRunner, forward
 from manyhats.engine.sampling import Sampler
+from manyhats.engine.stack import agrees, decode_stack
 from manyhats.engine.step import StepState
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.scheduler.fair import FairShares, Prices, SharesOf, all_alike
@@ -197,20 +198,39 @@ def _runner(
     state: StepState,
     cache_blocks: int,
 ) -> ModelRunner:
-    """With captured decode steps, where device, backend and settings allow them."""
-    backend, graphs = kernels.backend, None
-    capturable = isinstance(backend, Capturable) and backend.takes_static_plans
-    if base.device.type == "cuda" and settings.cuda_graphs and capturable:
-        shape = GraphShape(
-            max_num_seqs=settings.max_num_seqs,
-            max_blocks=-(-base.context_len // settings.block_size),
-            block_size=settings.block_size,
-            cache_blocks=cache_blocks,
-            slots=pool.slots if pool is not None else 0,
-        )
+    """With a quicker way for decode steps, where device, backend and settings allow one."""
+    fast: FastDecode | None = None
+    if base.device.type == "cuda":
+        fast = _graphs(settings, base, kernels, pool, state, cache_blocks)
+    elif settings.layer_stack:
+        stack = decode_stack(base, kernels.backend, pool, state)
         compute = partial(forward, base.module)
-        graphs = DecodeGraphs(compute, shape, state, base.device, CudaCapture())
-    return ModelRunner(base, pool, state, settings.block_size, graphs)
+        if stack and agrees(stack, compute, state, cache_blocks, settings.block_size):
+            logger.info("decode steps take all layers in one call")
+            fast = stack
+    return ModelRunner(base, pool, state, settings.block_size, fast)
+
+
+def _graphs(
+    settings: Settings,
+    base: BaseModel,
+    kernels: Resolved,
+    pool: AdapterPool | None,
+    state: StepState,
+    cache_blocks: int,
+) -> DecodeGraphs | None:
+    backend = kernels.backend
+    capturable = isinstance(backend, Capturable) and backend.takes_static_plans
+    if not settings.cuda_graphs or not capturable:
+        return None
+    shape = GraphShape(
+        max_num_seqs=settings.max_num_seqs,
+        max_blocks=-(-base.context_len // settings.block_size),
+        block_size=settings.block_size,
+        cache_blocks=cache_blocks,
+        slots=pool.slots if pool is not None else 0,
+    )
+    return DecodeGraphs(partial(forward, base.module), shape, state, base.device, CudaCapture())
 
 
 def _snapshot(

@@ -24,10 +24,15 @@ class Hook:
         self.state = state
 
 
-def unhook(module: nn.Module) -> None:
-    """Gives a module its own forward back, from under any number of hooks."""
+def plain_forward(module: nn.Module) -> Any:
+    """A module's own forward, from under any number of hooks."""
     forward: Any = module.forward
-    if isinstance(forward, Hook):
-        while isinstance(forward, Hook):
-            forward = forward.base
-        module.forward = forward
+    while isinstance(forward, Hook):
+        forward = forward.base
+    return forward
+
+
+def unhook(module: nn.Module) -> None:
+    """Gives a module its own forward back."""
+    if isinstance(vars(module).get("forward"), Hook):
+        module.forward = plain_forward(module)

@@ -99,7 +99,7 @@ def install_projections(
         members = [modules[name] for name in names]
         layers: list[Any] = [module.forward for module in members]
         bf16 = dtype == torch.bfloat16
-        matrices = _matrices(members, layers, backend) if bf16 else None
+        matrices = matrix_group(members, layers, backend) if bf16 else None
         if len(members) == 1 and matrices is None:
             continue
         group = Projections(layers, backend, matrices)
@@ -107,10 +107,13 @@ def install_projections(
             module.forward = Projection(module, group, index, state)
 
 
-def _matrices(
+def matrix_group(
     members: Sequence[nn.Module], layers: Sequence[Any], backend: Backend
 ) -> MatrixGroup | None:
-    """What the backend multiplies in one call, None where it does not take these weights."""
+    """What the backend multiplies in one call, None where it does not take these weights.
+
+    ``layers``: the members' forwards, plain or adapted.
+    """
     if not isinstance(backend, GroupedMatmul):
         return None
     weights: list[FourBitWeight | DenseWeight] = []

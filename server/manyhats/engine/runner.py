@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from manyhats.engine.graphs import DecodeGraphs
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.step import StepState, to_device
@@ -41,6 +41,25 @@ class StepLogits:
     prompts: Sequence[PromptRows]
 
 
+class FastDecode(Protocol):
+    """A quicker way for steps of decodes alone, whose adapters have rank rows alone."""
+
+    def takes(self, sequences: int, launches: int) -> bool:
+        """Whether it is for a step of so many sequences; ``launches``: see ``AdapterPool``."""
+
+    def run(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        attention: AttentionBatch,
+        adapters: AdapterBatch,
+        launches: int,
+    ) -> torch.Tensor | None:
+        """Logits [T, V] of the running step, whose plans lie on the CPU, valid until the next one;
+        None where it cannot be done.
+        """
+
+
 class ModelRunner:
     """The base model with its caches and pools, run on packed batches. Used by the step thread
     alone.
@@ -52,14 +71,14 @@ class ModelRunner:
         pool: AdapterPool | None,
         state: StepState,
         block_size: int,
-        graphs: DecodeGraphs | None = None,
+        fast: FastDecode | None = None,
     ) -> None:
         self._module = base.module
         self._device = base.device
         self._pool = pool
         self._state = state
         self._block_size = block_size
-        self._graphs = graphs
+        self._fast = fast
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> StepLogits:
@@ -82,7 +101,7 @@ class ModelRunner:
         wanted, prompts = _wanted_rows(items, ends - counts, ends)
         decodes = ids.size == len(items) == wanted.size and not prompts
         try:
-            logits = self._replay(items, ids, positions) if decodes else None
+            logits = self._decode(items, ids, positions) if decodes else None
             if logits is None:
                 self._begin(items, counts, starts, wanted, self._device)
                 logits = forward(
@@ -95,18 +114,18 @@ class ModelRunner:
             self._state.end()
         return _split(items, logits, prompts)
 
-    def _replay(
+    def _decode(
         self, items: Sequence[ScheduledSequence], ids: np.ndarray, positions: np.ndarray
     ) -> torch.Tensor | None:
-        """The logits of a decode step by a graph, None where it is to run eagerly."""
-        if self._graphs is None:
+        """The logits of a decode step by the quicker way, None where it is not for it."""
+        if self._fast is None:
             return None
         wanted = np.arange(ids.size)
         plans = self._begin(items, np.ones_like(ids), positions, wanted, torch.device("cpu"))
         launches = self._pool.launches(self._state) if self._pool is not None else 0
-        if launches is None or not self._graphs.takes(ids.size, launches):
+        if launches is None or not self._fast.takes(ids.size, launches):
             return None
-        return self._graphs.run(ids, positions, *plans, launches)
+        return self._fast.run(ids, positions, *plans, launches)
 
     def _begin(
         self,

@@ -20,17 +20,17 @@ _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 class FusedNorm:
     """The forward of a root-mean-square norm that multiplies by its weight."""
 
-    __slots__ = ("_backend", "_eps", "_module")
+    __slots__ = ("_backend", "_module", "eps")
 
     def __init__(self, module: nn.Module, eps: float, backend: DenseOps) -> None:
         self._module: Any = module
-        self._eps = eps
+        self.eps = eps
         self._backend = backend
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., n] -> [..., n]."""
         flat = x.reshape(-1, x.shape[-1])
-        return self._backend.rms_norm(flat, self._module.weight, self._eps).view(x.shape)
+        return self._backend.rms_norm(flat, self._module.weight, self.eps).view(x.shape)
 
 
 class FusedGate:

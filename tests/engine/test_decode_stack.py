@@ -1,0 +1,171 @@
+"""Decode steps with all layers in one native call have the bits of the layers called one by one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from support.engine import LocalEngine, params
+from support.models import VOCAB, tiny_tokenizer
+from support.random_parts import random_adapter
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from manyhats.config import Settings
+from manyhats.engine.kernels import resolve_kernels
+from manyhats.engine.model.load import load_base
+from manyhats.engine.runner import forward
+from manyhats.engine.stack import DecodeStack, agrees
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**_COMMON),
+    "llama_narrow": LlamaConfig(**(_COMMON | {"head_dim": 24})),
+    "mistral": MistralConfig(**_COMMON, sliding_window=9),
+    "qwen2": Qwen2Config(**_COMMON),
+    "qwen3": Qwen3Config(**_COMMON, head_dim=32),
+}
+PROMPTS = [[5, 9, 11, 4, 17], [3] * 2 + [8, 60, 7, 21, 33, 2, 9, 90, 41, 12], [44], [7, 7, 8]]
+
+
+def base_of(config, folder, **settings):
+    """The model in NF4, loaded as the server does."""
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.mul_(6)
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    wanted = Settings(model=str(folder / "model"), home=folder, **settings)
+    # compiled once, by `make test`
+    kernels = resolve_kernels("native", device=torch.device("cpu"), home=Settings().home)
+    return load_base(wanted, kernels.backend)
+
+
+def engine_of(base, adapters=(), **settings):
+    worn = {a.family: a for a in adapters}
+    home = Settings().home
+    return LocalEngine(base, home, worn, kernels="native", max_rank=64, slots=8, **settings)
+
+
+def way(engine):
+    return engine.engine.loop._runner._fast
+
+
+def generate(base, adapters, names, *, layer_stack):
+    """Tokens and log-probabilities of concurrent requests; how often the stack ran."""
+    engine = engine_of(base, adapters, layer_stack=layer_stack)
+    assert isinstance(way(engine), DecodeStack) == layer_stack
+    ran = []
+    if layer_stack:
+        run = way(engine).run
+        way(engine).run = lambda *a: ran.append(len(a[0])) or run(*a)
+    sampling = [params(n, ignore_eos=True, logprobs=2) for n in (9, 4, 12, 7)]
+    with engine:
+        engine.generate(PROMPTS, params(1), names)  # so that all adapters are there
+        outputs = engine.generate(PROMPTS, sampling, names)
+    assert [o.error for o in outputs] == [None] * 4
+    return [(o.token_ids, o.logprobs) for o in outputs], ran
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_stack_has_the_bits_of_the_modules(name, tmp_path):
+    base = base_of(CONFIGS[name], tmp_path)
+    rows = [random_adapter("low_rank", base.spec, seed, dtype=base.dtype) for seed in (1, 2)]
+    rows = [replace(a, family=f"rows{i}") for i, a in enumerate(rows)]
+    worn = ["rows0", None, "rows1", "rows0"]
+    wanted, _ = generate(base, rows, worn, layer_stack=False)
+    outputs, ran = generate(base, rows, worn, layer_stack=True)
+    assert outputs == wanted
+    assert set(ran) == {1, 2, 3, 4}
+    plain, _ = generate(base, rows, [None] * 4, layer_stack=True)
+    assert [plain[i] == outputs[i] for i in range(4)] == [False, True, False, False]
+
+
+def test_without_adapter_layers(tmp_path):
+    base = base_of(CONFIGS["llama"], tmp_path)
+    wanted, _ = generate(base, (), [None] * 4, layer_stack=True)
+    engine = engine_of(base, adapter_layers=False)
+    assert isinstance(way(engine), DecodeStack)
+    with engine:
+        outputs = engine.generate(PROMPTS, params(4, ignore_eos=True, logprobs=2))
+    assert [(o.token_ids, o.logprobs) for o in outputs] == [
+        (ids[:4], scores[:4]) for ids, scores in wanted
+    ]
+
+
+def test_other_parts_go_through_the_modules(tmp_path):
+    """A step takes the stack only while every adapter worn in it has rank rows alone."""
+    base = base_of(CONFIGS["llama"], tmp_path)
+    kinds = ["low_rank", "everything"]
+    adapters = [random_adapter(kind, base.spec, dtype=base.dtype) for kind in kinds]
+    worn = ["low_rank", "everything", None, "low_rank"]
+    wanted, _ = generate(base, adapters, worn, layer_stack=False)
+    outputs, ran = generate(base, adapters, worn, layer_stack=True)
+    assert outputs == wanted
+    # `everything` ends after 4 tokens; the others have 9, 12 and 7.
+    assert max(ran) == 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(**_COMMON, residual_multiplier=0.5),  # adds the block's output halved
+        LlamaConfig(**(_COMMON | {"hidden_act": "gelu"})),
+        LlamaConfig(**(_COMMON | {"intermediate_size": 176})),  # no whole runs of 64 weights
+    ],
+    ids=["multiplied", "gelu", "ragged"],
+)
+def test_what_a_stack_would_not_do_alike_is_left_to_the_modules(config, tmp_path):
+    engine = engine_of(base_of(config, tmp_path))
+    assert way(engine) is None
+
+
+def test_other_dtypes_are_left_to_the_modules(tmp_path):
+    assert way(engine_of(base_of(CONFIGS["llama"], tmp_path, dtype="fp32"))) is None
+
+
+def test_a_stack_that_differs_is_noticed(tmp_path):
+    """The trial that a stack must pass before it serves can fail: another scale, norm, rotation."""
+    base = base_of(CONFIGS["llama"], tmp_path)
+    engine = engine_of(base)
+    stack, its = way(engine), engine.engine.loop._runner
+    arguments = (partial(forward, base.module), its._state, 8, 16)
+    assert agrees(stack, *arguments)
+    for name, wrong in (("scale", 0.3), ("eps", 0.1)):
+        right = getattr(stack._stack, name)
+        setattr(stack._stack, name, wrong)
+        assert not agrees(stack, *arguments)
+        setattr(stack._stack, name, right)
+    run = stack._runner.run_stack
+
+    class Backwards:
+        def run_stack(self, hidden, layers, cos, sin, *plans):
+            run(hidden, layers, cos, -sin, *plans)
+
+    stack._runner = Backwards()
+    assert not agrees(stack, *arguments)
