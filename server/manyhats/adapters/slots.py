@@ -118,6 +118,7 @@ class SlotTable:
             return entry
         entry.claimed = entry.claimed or ticket in entry.requesters
         entry.requesters.add(ticket)
+        self._line.leave(digest)  # as the head it would hold up what else the request wants
         return Present(entry.place.slot)
 
     def cancel_wait(self, ticket: int) -> None:

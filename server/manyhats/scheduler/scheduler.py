@@ -192,7 +192,8 @@ class Scheduler:
         """
         seq = items[0].sequence.whole or items[0].sequence
         if self._running.get(seq.id) is not seq:
-            raise SchedulerStateError(f"sequence {seq.id} does not run")
+            where = f"is not at position {items[0].start}"
+            raise SchedulerStateError(f"sequence {seq.id} {where}: it does not run")
         _check_items(seq, items, token, finished)
         for item in items:
             lane = item.sequence
