@@ -47,7 +47,8 @@ class _Entry:
     place: Placement
     requesters: set[int]  # requests that the place is kept for, until the next lease
     ready: bool = False
-    claimed: bool = False  # a request has found it present
+    leased_before: bool = False
+    claimed: bool = False  # the request that it was brought for has found it present
     leases: int = 0
     pinned: bool = False
     dropped: bool = False
@@ -55,11 +56,11 @@ class _Entry:
     @property
     def reserved(self) -> bool:
         """Brought for a request that has not come for it yet."""
-        return not self.claimed and bool(self.requesters)
+        return not self.leased_before and bool(self.requesters)
 
     def evictable(self, ticket: int) -> bool:
         """Whether it may go at once for a request with this ticket."""
-        if not self.ready or self.leases or self.pinned or self.reserved:
+        if not self.ready or self.leases or self.pinned or (self.reserved and not self.claimed):
             return False
         return not self.requesters or min(self.requesters) > ticket
 
@@ -100,7 +101,7 @@ class SlotTable:
         if not isinstance(entry, _Entry):
             return entry
         entry.leases += 1
-        entry.claimed = True
+        entry.leased_before = True
         entry.requesters.clear()
         self._line.leave(digest)
         return Acquired(entry.place.slot)
@@ -116,7 +117,9 @@ class SlotTable:
         entry = self._ask(digest, ranks, ticket)
         if not isinstance(entry, _Entry):
             return entry
-        entry.claimed = entry.claimed or ticket in entry.requesters
+        if not entry.claimed and ticket in entry.requesters:
+            entry.claimed = True
+            self._epoch += 1
         entry.requesters.add(ticket)
         self._line.leave(digest)  # as the head it would hold up what else the request wants
         return Present(entry.place.slot)
@@ -298,8 +301,7 @@ class SlotTable:
 
     def _plan_drain(self, waiter: Waiter) -> bool:
         """Choose victims for the head of the line, and keep to them: a new choice each time as
-        leases come and go might never see one drained. False: there are not enough beside what
-        the oldest who waits has already."""
+        leases come and go might never see one drained. False: none do beside what it has."""
         drain = self._drain
         candidates = [
             e for e in self._entries.values() if not e.pinned and waiter.oldest not in e.requesters

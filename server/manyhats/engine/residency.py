@@ -48,6 +48,7 @@ class _Entry:
     loading: bool = False
     placed: bool = False
     dropped: bool = False
+    found: bool = False
     leases: int = 0
     waiters: set[int] = field(default_factory=set)
     failed: dict[int, ManyhatsError] = field(default_factory=dict)
@@ -104,6 +105,7 @@ class AdapterResidency:
             return
         digest = seq.adapter.digest
         self._slots.release(digest)
+        self._wake()
         entry = self._entries[digest]
         entry.leases -= 1
         if entry.dropped and not entry.leases:
@@ -117,6 +119,7 @@ class AdapterResidency:
             return
         digest = seq.adapter.digest
         self._slots.cancel_wait(seq.ticket)
+        self._wake()
         entry = self._entries.get(digest)
         if entry is not None:
             entry.waiters.discard(seq.ticket)
@@ -185,6 +188,9 @@ class AdapterResidency:
             answer = ask(entry.ref.digest, entry.needs, seq.ticket)
         except AdapterLoadError as failure:
             return self._fail(seq, entry, failure)
+        if isinstance(answer, Present) and seq.whole is not None and not entry.found:
+            entry.found = True  # it may go to somebody older from now on
+            self._wake()
         return self._answer(seq, entry, answer)
 
     def _answer(
@@ -202,10 +208,14 @@ class AdapterResidency:
                 evicted.placed = False
                 self._clear(evicted)
                 self._forget_if_idle(digest)
-            entry.placed = True
+            entry.placed, entry.found = True, False
             entry.slot = answer.slot
             self._device_thread.submit(self._load_device, entry.ref, answer.slot, answer.starts)
         return _PENDING
+
+    def _wake(self) -> None:
+        """Room may have come for somebody who was asked for before in this step: have another."""
+        self._post(lambda: None)
 
     def _clear(self, entry: _Entry) -> None:
         """Frees the bytes of an adapter that has lost its place, before anything takes that."""
