@@ -24,8 +24,8 @@ from manyhats.adapters.derived import DerivedFile
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
-from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import admin, collection, rollouts, sharing, tenants, usage
+from manyhats.api import evaluations as evaluations_api
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
 from manyhats.api.state import ApiState
@@ -38,8 +38,12 @@ from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
-from manyhats.lifecycle.loading import load_adapter
-from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.build import open_adapters, open_registry, retention
+from manyhats.lifecycle.collecting import collecting
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.evaluation.store import EvaluationStore
+from manyhats.lifecycle.following import Follower
+from manyhats.lifecycle.loading import checked, load_adapter
 from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
 from manyhats.metrics import Metrics
@@ -76,11 +80,10 @@ def build(settings: Settings) -> Application:
     threads = settings.threads or torch.get_num_threads()
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
-    folder = settings.base_folder(base.name)
-    store = AdapterStore(folder / "adapters")
-    file = folder / "registry.sqlite"
-    tenancy = open_tenancy(settings, file)
-    registry = Registry(file, max_versions=settings.max_adapters, access=tenancy.directory)
+    settings.base_folder(base.name).mkdir(parents=True, exist_ok=True)
+    store = open_adapters(settings, base.name)
+    tenancy = open_tenancy(settings, settings.registry_file(base.name))
+    registry = open_registry(settings, base.name, tenancy.directory)
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)
@@ -95,12 +98,23 @@ def build(settings: Settings) -> Application:
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=compile_folder,
+        compile_folder=checked(compile_folder, engine.parity.check)
+        if engine.parity
+        else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
+        retention=retention(settings),
     )
+    evaluations = EvaluationService(
+        engine.client, adapters, EvaluationStore(folder / "evaluations"), metrics.evaluated
+    )
+    adapters.rollouts.gate = evaluations.objection
+    adapters.collector.leased = partial(_leased, engine)
+    adapters.collector.freed = lambda c: metrics.collected(len(c.versions), c.nbytes)
+    follower = Follower(registry)
+    metrics.watch_store(lambda: follower.reachable)
     state = ApiState(
         settings=settings,
         engine=engine.client,
@@ -109,12 +123,27 @@ def build(settings: Settings) -> Application:
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        usage=tenancy.usage,
+        store_reachable=lambda: follower.reachable,
+        evaluations=evaluations,
     )
-    modules = (admin, rollouts, sharing, tenants, usage)
-    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
+    modules = (admin, collection, evaluations_api, rollouts, sharing, tenants, usage)
+    lifespan = partial(
+        _lifespan,
+        engine=engine,
+        adapters=adapters,
+        tenancy=tenancy,
+        follower=follower,
+        evaluations=evaluations,
+    )
     api = create_api(state, [module.router for module in modules], lifespan)
     closing = (registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, closing)
+
+
+def _leased(engine: Engine) -> set[Digest]:
+    """What running requests hold on the device."""
+    return {found.ref.digest for found in engine.client.stats().resident if found.leases}
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -207,17 +236,28 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+    app: FastAPI,
+    *,
+    engine: Engine,
+    adapters: AdapterService,
+    tenancy: Tenancy,
+    evaluations: EvaluationService,
+    follower: Follower,
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
-        with tenancy.directory.keep_fresh():
-            async with scheduled(adapters.rollouts):
+        period_s = app.state.manyhats.settings.gc_period_s
+        with tenancy.directory.keep_fresh(), follower.following(), tenancy.usage.flushing():
+            async with (
+                scheduled(adapters.rollouts, adapters.rollouts.objection),
+                collecting(adapters.collector, period_s),
+            ):
                 yield
     finally:
+        await evaluations.close()
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
         await tenancy.limiter.close()

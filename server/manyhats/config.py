@@ -112,7 +112,27 @@ class Settings(BaseSettings):
     )
     redis_url: SecretStr | None = Field(
         default=None,
-        description="Redis that replicas share tenants, keys and quotas through (redis://host/0).",
+        description="Redis that replicas share: registry, tenants, keys, quotas and usage "
+        "(redis://host/0).",
+    )
+    store: Path | None = Field(
+        default=None,
+        description="Folder of the adapters' bytes, which replicas share; default: in the home.",
+    )
+    keep_retired_days: float | None = Field(
+        default=None, ge=0, description="Days that a retired version is kept; default: for ever."
+    )
+    keep_deleted_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds that a deleted version's bytes are kept, for requests that run on "
+        "other replicas.",
+    )
+    gc_period_s: float = Field(
+        default=3600.0, ge=0, description="Seconds between two collections of those; 0: never."
+    )
+    usage_days: int = Field(
+        default=400, ge=1, le=3660, description="Days that the tenants' usage is kept."
     )
     metrics_open: bool = Field(
         default=False, description="Show /metrics without a key, where keys are configured."
@@ -130,6 +150,16 @@ class Settings(BaseSettings):
         default=False,
         description="Register every adapter folder found directly under the adapter roots at "
         "start-up.",
+    )
+    source_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Prefixes that adapters may be fetched from (https://host/path/, s3://bucket/, "
+        "hf://org/), and networks that their names may lead to (10.0.0.0/8); comma-separated in "
+        "the environment. Default: none.",
+    )
+    source_workers: int = Field(default=2, ge=1, le=64, description="Fetches of adapters at once.")
+    hub_endpoint: str | None = Field(
+        default=None, description="Address of the hub; default the hub library's (HF_ENDPOINT)."
     )
 
     slots: int = Field(
@@ -161,6 +191,10 @@ class Settings(BaseSettings):
         le=1,
         description="Relative error up to which a weight change is approximated by a low-rank one.",
     )
+    parity_probe: bool = Field(
+        default=True,
+        description="At registration, compare the adapter in the engine with plain arithmetic.",
+    )
     max_adapters: int = Field(default=10_000, ge=1, description="Registered adapters.")
 
     adapter_layers: bool = Field(
@@ -185,7 +219,31 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(
         default=512, ge=1, description="Tokens in one step (prefill is cut into chunks)."
     )
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that a request may take which names none (x-manyhats-timeout); "
+        "default: any.",
+    )
+    max_timeout_s: float = Field(
+        default=86_400.0, gt=0, description="Bound of x-manyhats-timeout, seconds."
+    )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; over it 429.")
+    max_background: int = Field(
+        default=64,
+        ge=1,
+        description="Background sequences (evaluations, probes) that may wait; over it 429.",
+    )
+    background_tokens: int = Field(
+        default=32,
+        ge=1,
+        description="Tokens that background sequences compute in a step beside live ones.",
+    )
+    compare_mb: int = Field(
+        default=64,
+        ge=1,
+        description="Logits kept to compare two versions over one answer, MiB (bounds its length).",
+    )
     input_price: float = Field(
         default=1.0, ge=0, le=1e6, description="A prompt token's cost in a tenant's share."
     )
@@ -217,12 +275,12 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
-    @field_validator("home")
+    @field_validator("home", "store")
     @classmethod
-    def _expand(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+    def _expand(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().resolve()
 
-    @field_validator("admin_api_keys", "api_keys", mode="before")
+    @field_validator("admin_api_keys", "api_keys", "source_allow", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         return tuple(v for v in value.split(",") if v) if isinstance(value, str) else value
@@ -235,6 +293,15 @@ class Settings(BaseSettings):
     def base_folder(self, base_id: str) -> Path:
         """Where what belongs to one base lies: its registry and its adapters' bytes."""
         return self.home / "bases" / re.sub(r"[^A-Za-z0-9._-]+", "--", base_id)
+
+    def registry_file(self, base_id: str) -> Path:
+        """The SQLite file of one base's registry, tenants and usage."""
+        return self.base_folder(base_id) / "registry.sqlite"
+
+    def adapter_folder(self, base_id: str) -> Path:
+        """Where the bytes of one base's adapters lie."""
+        own = self.base_folder(base_id)
+        return own / "adapters" if self.store is None else self.store / own.name
 
     @property
     def rows(self) -> int:

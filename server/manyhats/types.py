@@ -47,12 +47,17 @@ class AdapterRef:
         return f"({self.composition.kind.value})"
 
     @property
+    def is_ensemble(self) -> bool:
+        """Whether its members answer together, each in a lane of its own."""
+        return self.composition is not None and self.composition.kind is CompositionKind.ENSEMBLE
+
+    @property
     def lanes(self) -> tuple[AdapterRef | None, ...]:
         """What each lane of a sequence wears (None: the base): a lane for each member of an
         ensemble, else one.
         """
         whole = self.composition
-        if whole is None or whole.kind is not CompositionKind.ENSEMBLE:
+        if whole is None or not self.is_ensemble:
             return (self,)
         return tuple(member if member.digest else None for member in whole.members)
 
@@ -79,6 +84,15 @@ class Composition:
     kind: CompositionKind
     members: tuple[AdapterRef, ...]
     weights: tuple[float, ...] = ()
+
+
+class Priority(enum.Enum):
+    """Who goes first. Background work (evaluations, probes, comparisons) runs in what live requests
+    leave: ``scheduler/background.py`` says how.
+    """
+
+    NORMAL = "normal"
+    BACKGROUND = "background"
 
 
 class GrammarKind(enum.Enum):
@@ -130,7 +144,10 @@ class GenerationRequest:
     """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
 
     ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare
-    base. ``arrival`` is in seconds of the monotonic clock.
+    base. ``arrival`` is in seconds of the monotonic clock, and so is ``deadline``, at which the
+    request ends with an error unless it is done; None: never. ``urgency`` orders a tenant's own
+    waiting requests, the highest first. Where ``prompt_logprobs`` asks for scores, it is the
+    prompt's tokens from the index ``scores_from`` on (at least 1) that get them.
     """
 
     request_id: str
@@ -139,6 +156,10 @@ class GenerationRequest:
     params: tuple[SamplingParams, ...]
     adapter: AdapterRef | None
     arrival: float
+    priority: Priority = Priority.NORMAL
+    scores_from: int = 1
+    deadline: float | None = None
+    urgency: int = 0
 
 
 class FinishReason(enum.Enum):
@@ -196,8 +217,9 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a placeholder for each of
-    the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
+    ``params``, ``adapter``, ``arrival``, ``priority``, ``deadline``, ``urgency``, ``scores_from``
+    (an index into the prompt's own tokens), ``prompt_len``, ``token_ids`` (a placeholder for each
+    of the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
     loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
     admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
     cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
@@ -219,6 +241,8 @@ class Sequence:
     arrival: float
     prompt_len: int
     token_ids: list[int]
+    priority: Priority = Priority.NORMAL
+    scores_from: int = 1
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = BASE_SLOT
     num_computed: int = 0
@@ -228,6 +252,8 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
+    deadline: float | None = None
+    urgency: int = 0
     lanes: tuple[Sequence, ...] = ()
     whole: Sequence | None = None
 
@@ -250,6 +276,11 @@ class Sequence:
     def output_len(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def background(self) -> bool:
+        """Whether it only runs in what live requests leave."""
+        return self.priority is Priority.BACKGROUND
 
     @property
     def virtual_tokens(self) -> int:

@@ -196,7 +196,7 @@ def test_what_pins_make_impossible_is_refused() -> None:
     load(table, A, (4,), 1)
     load(table, B, (3,), 2)
     table.pin(B)
-    table.abandon(A)
+    table.cancel_wait(1)
     with pytest.raises(AdapterLoadError, match=r"of 10 has only 4 together that pinned"):
         table.acquire(C, (5,), 3)
     assert isinstance(table.acquire(C, (4,), 3), StartLoad)
@@ -273,7 +273,7 @@ def test_an_abandoned_one_may_go() -> None:
     table.cancel_wait(1)
     assert isinstance(table.acquire(B, (4,), 2), StartLoad)
     table.loaded(B)
-    table.abandon(B)
+    table.cancel_wait(2)
     assert isinstance(table.acquire(C, (4,), 3), StartLoad)
 
 
@@ -323,6 +323,15 @@ def test_what_never_fits_together_is_refused_to_the_one_who_wants_it_alone() -> 
         table.prepare(B, (4,), 5)
     table.cancel_wait(5)
     assert isinstance(table.acquire(B, (4,), 7), StartLoad)
+
+
+def test_what_was_to_make_room_is_found_to_be_wanted_too() -> None:
+    table = SlotTable(1, (8,))
+    hold(table, A, (4,), 1)
+    assert table.prepare(B, (4,), 5) == FULL
+    assert table.prepare(A, (4,), 5) == Present(0)
+    with pytest.raises(AdapterLoadError, match="beside the other adapters of its ensemble"):
+        table.prepare(B, (4,), 5)
 
 
 # -- the line -----------------------------------------------------------------

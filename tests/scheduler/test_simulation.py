@@ -16,12 +16,14 @@ from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wai
 from manyhats.engine.ensembles import wholes
 from manyhats.errors import AdapterLoadError, ContextLengthError, RequestError
 from manyhats.scheduler.blocks import BlockManager
+from manyhats.scheduler.deadlines import Deadlines
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import (
     BASE_SLOT,
     AdapterRef,
     Digest,
+    Priority,
     SamplingParams,
     Schedule,
     Sequence,
@@ -96,7 +98,9 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of ``n`` choices that comes after ``gap`` steps and leaves after ``patience``."""
+    """A request of ``n`` choices that comes after ``gap`` steps, leaves after ``patience`` and has
+    ``time`` steps to end in.
+    """
 
     gap: int
     tenant: str
@@ -105,6 +109,9 @@ class Arrival:
     max_tokens: int
     n: int
     patience: int | None
+    background: bool = False
+    time: int | None = None
+    urgency: int = 0
 
 
 @dataclass
@@ -118,22 +125,28 @@ class World:
     max_tokens: int
     memory: dict[tuple[int, int], tuple[object, ...]] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)
+    background_tokens: int = 2
+    finished: dict[int, int] = field(default_factory=dict)  # in which step
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ever_admitted: set[int] = field(default_factory=set)
 
     def step(self, now: int) -> None:
         self.adapters.tick()
-        running = list(self.scheduler._running.values())
+        running = list(self.scheduler._running)
         decoding = [
-            lane for s in running if all(e.left == 1 for e in s.computed) for lane in s.computed
+            lane
+            for s in running
+            if not s.background and all(e.left == 1 for e in s.computed)
+            for lane in s.computed
         ]
         schedule = self.scheduler.schedule(float(now))
         self.check_shape(schedule, decoding)
+        self.check_background(schedule, running)
         for seq in schedule.preempted:
             for lane in seq.computed:
-                assert (lane.num_computed, lane.block_ids, lane.slot) == (0, [], BASE_SLOT)
                 self.computed.pop(lane.id, None)
+                if seq.status is SequenceStatus.WAITING:
+                    assert (lane.num_computed, lane.block_ids, lane.slot) == (0, [], BASE_SLOT)
         for item in schedule.items:
             self.compute(item.sequence, item.start, item.count)
         for items in wholes(schedule.items).values():
@@ -147,21 +160,23 @@ class World:
             done = token is not None and seq.output_len + 1 == seq.params.max_tokens
             self.scheduler.complete_lanes(items, token, done)
             if done:
-                self.finished.add(seq.id)
+                self.finished[seq.id] = now
         self.check_books()
 
     def check_shape(self, schedule: Schedule, decoding: list[Sequence]) -> None:
         items = schedule.items
         assert schedule.num_tokens == sum(i.count for i in items) <= self.max_tokens
         assert len({i.sequence.id for i in items}) == len(items)
-        running = self.scheduler._running.values()
-        assert sum(len(s.computed) for s in running) <= self.max_seqs
+        running = list(self.scheduler._running)
+        places = sum(len(s.computed) for s in running)
+        assert places == self.scheduler._running.places <= self.max_seqs
         single = [i.count == 1 and i.samples for i in items]
         assert single == sorted(single, reverse=True), "decodes are packed first"
         served = {i.sequence for i in items}
         gone = {lane for s in schedule.preempted for lane in s.computed}
         assert set(decoding) <= served | gone, "no decode is starved"
-        assert not served & gone
+        # For somebody whose adapter then failed, so that nobody else computes anything.
+        assert not served & gone or all(lane.background for lane in served)
         for item in items:
             seq = item.sequence
             assert (seq.whole or seq).status is SequenceStatus.RUNNING
@@ -169,10 +184,24 @@ class World:
             assert item.samples == (item.start + item.count == len(seq.token_ids))
             assert (seq.adapter is None) == (seq.slot == BASE_SLOT)
         first = {s.id for s in self.scheduler.first_admissions}
-        begun = {i.sequence.ticket for i in items} - self.ever_admitted
+        live = {i.sequence.ticket for i in items if not i.sequence.background}
+        begun = live - self.ever_admitted
         idle = {s.id for s in running if s.lanes}  # no lane may end before the others can
         assert begun <= first <= begun | idle
         self.ever_admitted |= first
+
+    def check_background(self, schedule: Schedule, before: list[Sequence]) -> None:
+        ours = [i for i in schedule.items if i.sequence.background]
+        live = [i for i in schedule.items if not i.sequence.background]
+        assert all(e.num_cached == 0 for s in before if s.background for e in s.computed)
+        if live or self.scheduler.num_waiting:
+            assert sum(i.count for i in ours) <= self.background_tokens
+        if self.scheduler.num_waiting:
+            whose = {i.sequence.whole or i.sequence for i in ours}
+            assert whose <= set(before), "admitted before a live one"
+        if any(not s.background for s in schedule.preempted):
+            assert not ours
+            assert not self.scheduler.num_background[1], "a live one was preempted first"
 
     def compute(self, seq: Sequence, start: int, count: int) -> None:
         """Read all positions before ``start``, write the next ``count``: each once, in order."""
@@ -201,10 +230,12 @@ class World:
     def check_books(self) -> None:
         self.blocks.check_invariants()
         self.adapters.table.check_invariants()
-        running = [lane for s in self.scheduler._running.values() for lane in s.computed]
+        running = [lane for s in self.scheduler._running for lane in s.computed]
         assert self.blocks.num_used == len({b for s in running for b in s.block_ids})
         assert set(self.adapters.leases) == {s.id for s in running if s.adapter is not None}
-        assert self.scheduler.num_running + self.scheduler.num_waiting == sum(
+        waiting, ran = self.scheduler.num_background
+        assert ran == sum(s.background for s in self.scheduler._running)
+        assert self.scheduler.num_running + self.scheduler.num_waiting + waiting == sum(
             len(v) for v in self.scheduler._requests.values()
         )
 
@@ -224,6 +255,9 @@ ARRIVALS = st.lists(
         max_tokens=st.integers(1, 9),
         n=st.integers(1, 3),
         patience=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+        background=st.sampled_from([False, False, True]),
+        time=st.one_of(st.none(), st.none(), st.integers(0, 25)),
+        urgency=st.sampled_from([0, 0, 0, 1]),
     ),
     min_size=1,
     max_size=14,
@@ -260,19 +294,24 @@ def test_every_sequence_ends_and_nothing_leaks(
         max_step_tokens=max_seqs + spare_tokens,
         max_queue=100,
         max_context=24,
+        background_tokens=2,
     )
     world = World(scheduler, blocks, adapters, max_seqs, max_seqs + spare_tokens)
     ids = itertools.count()
     pending = list(enumerate(arrivals))
     due = arrivals[0].gap
     leaving: dict[str, int] = {}
+    deadlines = Deadlines(lambda: scheduler._requests)
     everyone: list[Sequence] = []
     ended: set[int] = set()
     now = 0
     while pending or scheduler.has_work:
         while pending and due <= now:
             number, arrival = pending.pop(0)
-            seqs = [sequence(next(ids), f"r{number}", i, arrival) for i in range(arrival.n)]
+            deadline = None if arrival.time is None else now + arrival.time
+            seqs = [
+                sequence(next(ids), f"r{number}", i, arrival, deadline) for i in range(arrival.n)
+            ]
             world.tokens.update({s.id: [] for s in seqs})
             try:
                 scheduler.add_all(seqs)
@@ -281,12 +320,18 @@ def test_every_sequence_ends_and_nothing_leaks(
                 due = now + pending[0][1].gap if pending else 0
                 continue
             everyone += seqs
+            if deadline is not None:
+                deadlines.add(f"r{number}", deadline)
             if arrival.patience is not None:
                 leaving[f"r{number}"] = now + arrival.patience
             due = now + pending[0][1].gap if pending else 0
         for request_id in [r for r, when in leaving.items() if when <= now]:
             del leaving[request_id]
             ended |= {s.id for s in scheduler.abort(request_id)}
+        for request_id in deadlines.expired(now):
+            late = scheduler.abort(request_id)
+            assert not {s.request_id for s in late} - {request_id}
+            ended |= {s.id for s in late}
         world.step(now)
         for seq, _ in scheduler.take_failed():
             worn = {lane.adapter.name for lane in seq.computed if lane.adapter is not None}
@@ -302,6 +347,7 @@ def test_every_sequence_ends_and_nothing_leaks(
             assert lane.token_ids[lane.prompt_len :] == world.tokens[seq.id]
         if seq.id in world.finished:
             assert seq.output_len == seq.params.max_tokens
+            assert seq.deadline is None or world.finished[seq.id] < seq.deadline
     assert blocks.num_free == num_blocks
     assert adapters.leases == {}
     assert all(r.leases == 0 for r in adapters.table.residents())
@@ -313,7 +359,9 @@ def too_many_rows(worn: set[str]) -> bool:
     return any(sum(RANKS[name][site] for name in worn) > 3 for site in (0, 1))
 
 
-def sequence(ident: int, request_id: str, index: int, arrival: Arrival) -> Sequence:
+def sequence(
+    ident: int, request_id: str, index: int, arrival: Arrival, deadline: float | None = None
+) -> Sequence:
     """A sequence; one of an ensemble with a lane a member."""
 
     def made(number: int, name: str | None, virtual: int = 0) -> Sequence:
@@ -327,6 +375,9 @@ def sequence(ident: int, request_id: str, index: int, arrival: Arrival) -> Seque
             0.0,
             len(arrival.prompt) + virtual,
             [0] * virtual + list(arrival.prompt),
+            Priority.BACKGROUND if arrival.background else Priority.NORMAL,
+            deadline=deadline,
+            urgency=arrival.urgency,
         )
 
     if not isinstance(arrival.adapter, tuple):

@@ -16,8 +16,12 @@ from fastapi import APIRouter, FastAPI
 from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 
 from manyhats.api.factory import create_api
+from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
@@ -43,6 +47,11 @@ class Api:
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    evaluations: EvaluationService | None = None
+    operations: Operations | None = None
+    pins: Pins | None = None
+    shadows: Shadows | None = None
+
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
             ApiState(
@@ -52,6 +61,10 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                evaluations=self.evaluations,
+                operations=self.operations,
+                pins=self.pins,
+                shadows=self.shadows,
             ),
             self.routers,
         )

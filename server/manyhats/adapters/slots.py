@@ -121,6 +121,9 @@ class SlotTable:
             entry.claimed = True
             self._epoch += 1
         entry.requesters.add(ticket)
+        drain, head = self._drain, self._line.head
+        if drain and head and digest in drain.victims and head.oldest == ticket:
+            self._drain = None  # what was to make room for it is what it wants as well
         self._line.leave(digest)  # as the head it would hold up what else the request wants
         return Present(entry.place.slot)
 
@@ -144,11 +147,6 @@ class SlotTable:
     def load_failed(self, digest: Digest) -> None:
         """The copy failed: free the place. The caller tells whoever waited for it."""
         self._remove(self._loading(digest))
-
-    def abandon(self, digest: Digest) -> None:
-        """Nobody waits for this adapter any more: it may be evicted as any other."""
-        self._entry(digest).requesters.clear()
-        self._epoch += 1
 
     def release(self, digest: Digest) -> None:
         """End one lease. The last one of a dropped adapter frees its place."""

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from manyhats.api.auth import Principal, require_operator
 from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.service import AdapterService
 
 _T = TypeVar("_T")
@@ -30,6 +31,20 @@ async def blocking(call: Callable[[], _T]) -> _T:
 def adapters(request: Request) -> AdapterService:
     """The adapters of the application that serves ``request``."""
     service: AdapterService = request.app.state.manyhats.adapters
+    return service
+
+
+def evaluations(request: Request) -> EvaluationService:
+    """The evaluations of the application that serves ``request``. Raises RuntimeError without."""
+    service = measuring(request)
+    if service is None:
+        raise RuntimeError("this application was built without evaluations")
+    return service
+
+
+def measuring(request: Request) -> EvaluationService | None:
+    """The same; None where nothing is measured, so that no name requires it either."""
+    service: EvaluationService | None = request.app.state.manyhats.evaluations
     return service
 
 

@@ -34,7 +34,7 @@ OPEN_ROUTES: Final = frozenset({"/healthz", "/readyz", "/health"})
 """The routes that ask for no key, ever."""
 METRICS_ROUTE: Final = "/metrics"
 _OPERATORS: Final = frozenset({METRICS_ROUTE, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/audit")
+_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/audit", "/admin/gc")
 
 _USABLE = re.compile(r"[!-~]+")
 

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 import manyhats
 from manyhats.api import openai, ops
 from manyhats.api.auth import KeyRing, authorize
+from manyhats.api.description import describe
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.api.logprobs import TokenLabels
@@ -50,6 +51,7 @@ def create_api(
     install_handlers(app)
     for router in (openai.router, ops.router, *routers):
         app.include_router(router)
+    describe(app)
     state.metrics.kernels(state.engine.model.kernel_backend)
     state.metrics.watch(state.engine.stats)
     return app

@@ -20,7 +20,10 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """Readiness, and what is served and how; 503 with the reason while no request is taken."""
+    """Readiness, and what is served and how; 503 with the reason while no request is taken.
+
+    While the shared ``store`` is unreachable requests are served as before, and changes refused.
+    """
     state = api_state(request)
     body = _described(state)
     return JSONResponse(body, status_code=200 if body["ready"] else 503)
@@ -52,6 +55,7 @@ def _described(state: ApiState) -> dict[str, object]:
     return {
         "ready": ready,
         "reason": reason,
+        "store": "reachable" if state.store_reachable() else "unreachable",
         "model": model.id,
         "base_digest": model.digest,
         "quantization": model.quantization,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastapi import Request
 
+from manyhats.api.shadows import Shadows
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -30,7 +35,11 @@ class GrammarValidator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ApiState:
-    """Everything that the routes use. Set once by the composition root, never changed."""
+    """Everything that the routes use. Set once by the composition root, never changed.
+
+    ``operations`` None: nothing is registered from elsewhere; ``pins`` None: nothing is
+    pinned; ``shadows`` None: none run.
+    """
 
     settings: Settings
     engine: EngineClient
@@ -40,6 +49,11 @@ class ApiState:
     tenants: TenantDirectory
     limiter: Limiter = field(default_factory=MemoryLimiter)
     usage: UsageLedger = field(default_factory=UsageLedger)
+    evaluations: EvaluationService | None = None
+    store_reachable: Callable[[], bool] = lambda: True
+    operations: Operations | None = None
+    pins: Pins | None = None
+    shadows: Shadows | None = None
 
 
 def api_state(request: Request) -> ApiState:

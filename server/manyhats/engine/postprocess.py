@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import tokenizers
+import torch
 
 from manyhats.engine.detokenize import Detokenizer
 from manyhats.engine.ensembles import united, wholes
@@ -27,6 +29,17 @@ from manyhats.types import (
 from manyhats.types import Sequence as LiveSequence
 
 
+class RowProbe(Protocol):
+    """Looks at the rows of a request's prompt in place of scoring them."""
+
+    def rows(self, logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
+        """The next rows in order: [R, V], and what the head made them of, [R, H], where the request
+        is a background one.
+
+        May raise ManyhatsError, which ends the request.
+        """
+
+
 @dataclass(slots=True, eq=False)
 class _Live:
     """What is kept of a sequence beside the scheduler's own state. It survives preemption."""
@@ -34,7 +47,9 @@ class _Live:
     sequence: LiveSequence
     detokenizer: Detokenizer
     matcher: GrammarMatcher | None
+    probe: RowProbe | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    scored: int = 0  # prompt tokens, from the first that is to be scored on
 
 
 class Postprocessor:
@@ -64,8 +79,11 @@ class Postprocessor:
         self._context_len = context_len
         self._live: dict[int, _Live] = {}
 
-    def open(self, sequences: Iterable[LiveSequence]) -> None:
-        """Prepares for new sequences. Raises RequestError for a grammar that cannot be had."""
+    def open(self, sequences: Iterable[LiveSequence], probe: RowProbe | None = None) -> None:
+        """Prepares for new sequences. Raises RequestError for a grammar that cannot be had.
+
+        ``probe`` takes the rows of the one sequence's prompt.
+        """
         for sequence in sequences:
             params = sequence.params
             grammar = self._grammars.compile(params.grammar) if params.grammar is not None else None
@@ -73,6 +91,7 @@ class Postprocessor:
                 sequence,
                 Detokenizer(self._tokenizer, params.stop),
                 grammar.matcher() if grammar is not None else None,
+                probe,
             )
 
     def close(self, sequences: Iterable[LiveSequence]) -> None:
@@ -107,13 +126,19 @@ class Postprocessor:
     def _score_prompt(self, rows: PromptRows, errors: dict[str, ManyhatsError]) -> None:
         """Scores prompt tokens; those done before a preemption are passed over."""
         sequence = rows.item.sequence
-        scores = self._live[sequence.id].prompt_logprobs
-        done = len(scores) - 1 - (rows.first - sequence.virtual_tokens)
+        live = self._live[sequence.id]
+        begin = sequence.virtual_tokens + sequence.scores_from - 1
+        done = live.scored - (rows.first - begin)
         if done >= len(rows.logits):
             return
+        live.scored += len(rows.logits) - done
         targets = sequence.token_ids[rows.first + done + 1 : rows.first + len(rows.logits) + 1]
         try:
-            scores += self._sampler.prompt_logprobs(
+            if live.probe is not None:
+                hidden = rows.hidden[done:] if rows.hidden is not None else None
+                live.probe.rows(rows.logits[done:], hidden)
+                return
+            live.prompt_logprobs += self._sampler.prompt_logprobs(
                 rows.logits[done:], targets, sequence.params.prompt_logprobs or 0, sequence.adapter
             )
         except ManyhatsError as error:
@@ -206,6 +231,8 @@ class Postprocessor:
 
     def _finish(self, sequence: LiveSequence, reason: FinishReason, now: float) -> None:
         self.close((sequence,))
+        if sequence.background:
+            return  # the figures are of live requests
         self._observer.finished(
             adapter_name(sequence),
             reason,
@@ -217,7 +244,9 @@ class Postprocessor:
 
     def _clock(self, sequence: LiveSequence, now: float) -> None:
         name = adapter_name(sequence)
-        if sequence.last_token_at is None:
+        if sequence.background:
+            sequence.first_token_at = sequence.first_token_at or now
+        elif sequence.last_token_at is None:
             sequence.first_token_at = now
             self._observer.first_token(name, now - sequence.arrival)
         else:

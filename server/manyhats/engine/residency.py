@@ -23,8 +23,10 @@ from manyhats.adapters.host import HostCache
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
 from manyhats.engine.interface import EngineObserver, ResidentAdapter
+from manyhats.engine.load_errors import as_load_error, check_virtual_tokens
+from manyhats.engine.pins import DevicePins
 from manyhats.engine.pool import AdapterPool
-from manyhats.errors import AdapterLoadError, AdapterRejectedError, ManyhatsError, RequestError
+from manyhats.errors import AdapterLoadError, ManyhatsError, RequestError
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
 from manyhats.types import AdapterRef, Composition, Digest, Sequence
 
@@ -78,6 +80,7 @@ class AdapterResidency:
         self._post = post
         self._observer = observer
         self._entries: dict[Digest, _Entry] = {}
+        self._pins = DevicePins(slots, self.prepare, self.cancel)
         # One writer to the device at a time: SitePool's masks have a single writer.
         self._host_threads = _threads("adapter-host", 2)
         self._device_thread = _threads("adapter-device", 1)
@@ -112,6 +115,7 @@ class AdapterResidency:
             entry.placed = False
             self._clear(entry)
             self._forget_if_idle(digest)
+        self._pins.advance()
 
     def cancel(self, seq: Sequence) -> None:
         """Forgets a sequence that waited and will not come back."""
@@ -129,6 +133,14 @@ class AdapterResidency:
     def drop(self, ref: AdapterRef) -> None:
         """No new lease; rows and host bytes go now, or with the last lease. Thread-safe."""
         self._post(lambda: self._drop(ref.digest))
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Brings the adapter to the device as soon as there is room and keeps it. Thread-safe."""
+        self._post(lambda: self._pins.pin(ref))
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """Lets it be evicted again. Thread-safe."""
+        self._post(lambda: self._pins.unpin(ref))
 
     def residents(self) -> tuple[ResidentAdapter, ...]:
         """Adapters on the device, ready to be worn."""
@@ -257,9 +269,9 @@ class AdapterResidency:
         try:
             with self._hold(ref) as adapter:
                 needs = self._pool.needs(adapter)
-                _check_virtual_tokens(ref, adapter)
+                check_virtual_tokens(ref, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
-            failure = _as_load_error(ref, error)
+            failure = as_load_error(ref, error)
             self._post(lambda: self._failed(ref, failure))
             return
         self._observer.adapter_loaded(ref.label, "host", time.monotonic() - started)
@@ -271,7 +283,7 @@ class AdapterResidency:
             with self._hold(ref) as adapter:
                 self._pool.write(slot, starts, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
-            failure = _as_load_error(ref, error)
+            failure = as_load_error(ref, error)
             self._post(lambda: self._device_failed(ref, failure))
             return
         self._observer.adapter_loaded(ref.label, "device", time.monotonic() - started)
@@ -283,12 +295,14 @@ class AdapterResidency:
         entry = self._entry(ref)
         entry.loading = False
         entry.needs = needs
+        self._pins.advance()
 
     def _on_device(self, ref: AdapterRef) -> None:
         if not self._slots.loaded(ref.digest):
             self._entry(ref).placed = False
             self._clear(self._entry(ref))
             self._forget_if_idle(ref.digest)
+        self._pins.advance()
 
     def _device_failed(self, ref: AdapterRef, error: ManyhatsError) -> None:
         self._slots.load_failed(ref.digest)
@@ -305,10 +319,12 @@ class AdapterResidency:
         entry.loading = False
         entry.needs = None
         entry.failed = dict.fromkeys(entry.waiters, error)
+        self._pins.advance()
         self._forget_if_idle(ref.digest)
 
     def _drop(self, digest: Digest) -> None:
         self._host.drop(digest)
+        self._pins.forget(digest)
         gone = self._slots.drop(digest)
         entry = self._entries.get(digest)
         if entry is not None:
@@ -317,24 +333,6 @@ class AdapterResidency:
                 self._clear(entry)
             entry.placed = not gone
             self._forget_if_idle(digest)
-
-
-def _check_virtual_tokens(ref: AdapterRef, adapter: CompiledAdapter) -> None:
-    if adapter.virtual_tokens != ref.virtual_tokens:
-        raise AdapterLoadError(
-            f"adapter {ref} has {adapter.virtual_tokens} virtual tokens and is registered with "
-            f"{ref.virtual_tokens}: register it again",
-            param="model",
-        )
-
-
-def _as_load_error(ref: AdapterRef, error: Exception) -> ManyhatsError:
-    if isinstance(error, AdapterLoadError):
-        return error
-    if isinstance(error, AdapterRejectedError) and ref.composition is not None:
-        return error  # the members are fine, the caller put together what does not fit
-    logger.exception("loading adapter %s", ref, exc_info=error)
-    return AdapterLoadError(f"adapter {ref} cannot be loaded: {error}", param="model")
 
 
 def _threads(name: str, count: int) -> ThreadPoolExecutor:

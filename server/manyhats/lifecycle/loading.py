@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import logging
+import secrets
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from manyhats.adapters.compose import compose
 from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
 from manyhats.errors import AdapterLoadError, AdapterRejectedError
-from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.snapshot import Difference
 from manyhats.types import AdapterRef, Digest
 
-logger = logging.getLogger(__name__)
+_DROPPED_REMEMBERED: Final = 1024
 
 Compile = Callable[[Path], CompiledAdapter]
 """Reads and checks a version's folder. Raises AdapterRejectedError. The digest is put in later."""
@@ -30,6 +32,23 @@ class Residency(Protocol):
 
     def drop(self, ref: AdapterRef) -> None:
         """No new lease on the version; its memory goes now, or with the last lease."""
+
+
+def checked(
+    compile_folder: Compile, check: Callable[[AdapterRef, CompiledAdapter], object]
+) -> Compile:
+    """``compile_folder`` that asks the engine too, under a name that nobody can ask for.
+
+    ``check`` raises AdapterRejectedError.
+    """
+
+    def run(folder: Path) -> CompiledAdapter:
+        adapter = compile_folder(folder)
+        digest = Digest(f"unregistered-{secrets.token_hex(16)}")
+        check(AdapterRef("(unregistered)", 1, digest, adapter.virtual_tokens), adapter)
+        return adapter
+
+    return run
 
 
 def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:
@@ -62,11 +81,37 @@ def load_lanes(
             yield compose(lane, whole, members, limits)
 
 
-def reconcile(store: AdapterStore, registry: Registry) -> None:
-    """Bring the store in line with the registry after a death between the two."""
-    kept, known = set(store.list()), registry.digests()
-    for digest in kept - known:
-        store.delete(digest)
-        logger.info("removed %s from the store: no version refers to it", digest)
-    for digest in known - kept:
-        logger.error("adapter version %s is registered, its bytes are missing", digest)
+class Tiers:
+    """The tiers above the disk, and what they were told to drop: running requests may still hold
+    it there, so they must be told as well if it comes back. Thread-safe; returns at once.
+    """
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._lock = threading.Lock()
+        self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Start to bring a version to the host tier."""
+        self._residency.prefetch(ref)
+
+    def drop(self, ref: AdapterRef) -> None:
+        """No version has this content any more."""
+        with self._lock:
+            self._dropped.append(ref.digest)
+        self._residency.drop(ref)
+
+    def back(self, ref: AdapterRef) -> None:
+        """A version has this content (again)."""
+        with self._lock:
+            if ref.digest not in self._dropped:
+                return
+            self._dropped.remove(ref.digest)
+        self._residency.prefetch(ref)
+
+    def follow(self, difference: Difference) -> None:
+        """Another replica has changed the registry."""
+        for ref in difference.gone:
+            self.drop(ref)
+        for ref in difference.added:
+            self.back(ref)

@@ -33,6 +33,25 @@ Check = Callable[[str, Route], str | None]
 """Asked before a scheduled canary goes on: why it must not, or None."""
 
 
+Gate = Callable[[str, TenantId, int], str | None]
+"""Why requests should not be routed to a version of a name, or None."""
+
+
+def _open(_name: str, _tenant: TenantId, _version: int) -> None:
+    """The gate where there is none."""
+
+
+def _forced(cause: Cause, objection: str, *, force: bool) -> Cause:
+    """The cause of a promotion against the gate. Raises ConflictError, RequestError."""
+    if not force:
+        raise ConflictError(
+            f"{objection}; promote it all the same with force and a reason", param="version"
+        )
+    if not cause.reason.strip():
+        raise RequestError("reason: a forced promotion needs one", param="reason")
+    return replace(cause, reason=f"{cause.reason} [forced: {objection}]"[:MAX_REASON])
+
+
 class Rollouts:
     """The routes of one server's names. Thread-safe; every call blocks on the disk.
 
@@ -46,17 +65,34 @@ class Rollouts:
         self._registry = registry
         self._find = find
         self._clock = clock
+        self.gate: Gate = _open
 
     def promote(
-        self, name: str, tenant: TenantId, cause: Cause, version: int | None = None
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        version: int | None = None,
+        *,
+        force: bool = False,
     ) -> Route:
-        """Make ``version`` (None: the canary) the stable one; no canary is left."""
+        """Make ``version`` (None: the canary) the stable one; no canary is left.
+
+        What the gate objects to is a ConflictError, unless ``force`` with a reason, which the audit
+        log keeps together with the objection.
+        """
 
         def update(entry: Entry) -> Route:
             wanted = version
             if wanted is None:
                 wanted = _canary(entry).version
             return routes.promoted(entry.route, entry.ready(wanted))
+
+        entry = self._find(name, tenant)
+        wanted = version if version is not None else _canary(entry).version
+        objection = self.gate(name, tenant, entry.ready(wanted))
+        if objection is not None:
+            cause = _forced(cause, objection, force=force)
 
         return self._change(name, tenant, "promote", cause, update)
 
@@ -82,9 +118,39 @@ class Rollouts:
                     f"version {wanted} is not the canary: {entry.route.described()}",
                     param="version",
                 )
+            if percent:
+                self._pass(name, tenant, wanted)
             return routes.with_canary(entry.route, wanted, float(percent))
 
         return self._change(name, tenant, "canary", cause, update)
+
+    def shadow(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        *,
+        version: int | None,
+        percent: float,
+    ) -> Route:
+        """``version`` (None: the shadow) also runs for ``percent`` (0 to 100) of the requests that
+        give the name, and is measured, not answered with; 0 ends it.
+
+        Raises RequestError as well (the percentage).
+        """
+        _check_percent(percent, "percent")
+
+        def update(entry: Entry) -> Route:
+            shadow = entry.route.shadow
+            if version is None and shadow is None:
+                raise ConflictError(
+                    f"adapter {entry.name!r} has no shadow: {entry.route.described()}",
+                    param="version",
+                )
+            wanted = entry.ready(shadow.version if version is None and shadow else version or 0)
+            return routes.with_shadow(entry.route, wanted, float(percent))
+
+        return self._change(name, tenant, "shadow", cause, update)
 
     def schedule(
         self,
@@ -115,6 +181,7 @@ class Rollouts:
 
         def update(entry: Entry) -> Route:
             wanted = entry.ready(_canary(entry).version if version is None else version)
+            self._pass(name, tenant, wanted)
             return routes.with_canary(entry.route, wanted, plan.steps[0], plan)
 
         return self._change(name, tenant, "schedule", cause, update)
@@ -180,6 +247,18 @@ class Rollouts:
         for entry in self._registry.scheduled():
             if _is_due(entry.route, now):
                 self._advance(entry, check(entry.name, entry.route) if check else None, now)
+
+    def objection(self, name: str, route: Route) -> str | None:
+        """The gate's answer for a scheduled canary: what ``tick`` takes."""
+        entry = self._registry.entry(name)
+        if entry is None or route.canary is None:
+            return None
+        return self.gate(name, entry.owner, route.canary.version)
+
+    def _pass(self, name: str, tenant: TenantId, version: int) -> None:
+        objection = self.gate(name, tenant, version)
+        if objection is not None:
+            raise ConflictError(objection, param="version")
 
     def _advance(self, seen: Entry, objection: str | None, now: float) -> None:
         if objection:

@@ -5,7 +5,8 @@ composition that a request named, ``base`` for the bare base, or ``other``: the 
 arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
 N + 2 values; ``tenant``
 likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
-one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a template of the
+one of four finish reasons; ``measure`` is a field of ``lifecycle.evaluation.gate.Thresholds``;
+``tier`` is ``host`` or ``device``; ``route`` is a template of the
 application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
 ``status`` is an HTTP status; ``backend`` has one value, the kernels in use.
 
@@ -34,6 +35,12 @@ manyhats_tenant_requests_total        counter    tenant                 requests
 manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
 manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
 manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
+manyhats_evaluation                   gauge      adapter, measure       its last evaluation
+manyhats_evaluation_passed            gauge      adapter                ... 1 where it passed
+manyhats_store_reachable              gauge                             1: the registry's store
+manyhats_gc_versions_total            counter                           retired ones collected
+manyhats_gc_bytes_total               counter                           bytes collected
+manyhats_shadow_...                                                     see ``metrics.shadow``
 manyhats_kernels_info                 gauge      backend                1
 manyhats_steps_total                  counter                           steps run
 manyhats_failed_steps_total           counter                           steps failed
@@ -60,8 +67,9 @@ only the current label set is exposed, so it is one series, of at most ``slots``
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,6 +83,7 @@ from prometheus_client import (
 )
 
 from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.shadow import ShadowMetrics
 from manyhats.metrics.snapshot import SnapshotCollector, StatsView
 from manyhats.types import FinishReason
 
@@ -124,15 +133,27 @@ class Metrics:
         self._cap = LabelCap(max_adapter_labels)
         self._tenants = LabelCap(max_tenant_labels)
         self._series: dict[str, _AdapterSeries] = {}
+        self.shadow = ShadowMetrics(self.registry, self._cap)
         self._snapshot = SnapshotCollector(self._cap, clock)
         self._declare_requests()
         self._declare_engine()
         self._declare_tenants()
+        self._declare_evaluations()
+        self._declare_store()
         self.registry.register(self._snapshot)
 
     def watch(self, stats: Callable[[], StatsView]) -> None:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
+
+    def watch_store(self, reachable: Callable[[], bool]) -> None:
+        """From now on every scrape asks whether the registry's store answers."""
+        self._store.set_function(lambda: float(reachable()))
+
+    def collected(self, versions: int, nbytes: int) -> None:
+        """So much was removed that had had its time."""
+        self._collected_versions.inc(versions)
+        self._collected_bytes.inc(nbytes)
 
     def kernels(self, backend: str) -> None:
         """The engine computes with the kernels of this name. Said once, when it is built."""
@@ -152,6 +173,13 @@ class Metrics:
         self._tenant_requests.labels(label).inc()
         self._tenant_prompt_tokens.labels(label).inc(prompt_tokens)
         self._tenant_output_tokens.labels(label).inc(output_tokens)
+
+    def evaluated(self, adapter: str, values: Mapping[str, float | None], passed: bool) -> None:
+        """A version of the adapter was evaluated; a value of None is undefined."""
+        label = self._cap.label(adapter)
+        for measure, value in values.items():
+            self._evaluation.labels(label, measure).set(math.nan if value is None else value)
+        self._evaluation_passed.labels(label).set(passed)
 
     def refused(self, tenant: str, quota: str) -> None:
         """A request was refused; ``quota`` is the field's name."""
@@ -272,6 +300,20 @@ class Metrics:
             "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
         )
 
+    def _declare_evaluations(self) -> None:
+        self._evaluation = Gauge(
+            "manyhats_evaluation",
+            "Measures of the adapter's last evaluation.",
+            ("adapter", "measure"),
+            registry=self.registry,
+        )
+        self._evaluation_passed = Gauge(
+            "manyhats_evaluation_passed",
+            "Whether the adapter's last evaluation was passed.",
+            ("adapter",),
+            registry=self.registry,
+        )
+
     def _declare_tenants(self) -> None:
         tenant = ("tenant",)
         self._tenant_requests = self._counter("tenant_requests", "Requests served.", tenant)
@@ -284,6 +326,18 @@ class Metrics:
         self._refusals = self._counter(
             "quota_refusals", "Requests refused for a quota.", ("tenant", "quota")
         )
+
+    def _declare_store(self) -> None:
+        self._store = Gauge(
+            "manyhats_store_reachable",
+            "1 while the registry's store answers.",
+            registry=self.registry,
+        )
+        self._store.set(1)
+        self._collected_versions = self._counter(
+            "gc_versions", "Retired versions that were collected.", ()
+        )
+        self._collected_bytes = self._counter("gc_bytes", "Bytes of adapters collected.", ())
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(f"manyhats_{name}", text, labels, registry=self.registry)

@@ -11,8 +11,10 @@ from manyhats.types import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """``max_num_seqs`` sequences run at once, ``max_step_tokens`` tokens are computed in a step,
-    ``max_queue`` sequences wait, ``max_context`` tokens are a sequence's prompt and output at most.
+    """``max_num_seqs`` sequences run at once, of an ensemble its lanes being counted;
+    ``max_step_tokens`` tokens are computed in a step, ``max_queue`` sequences wait, ``max_context``
+    tokens are a sequence's prompt and output at most. Of background sequences ``max_background``
+    wait, and beside live ones they compute ``background_tokens`` tokens a step together.
 
     Raises ConfigError where a running sequence could be left without its token in a step.
     """
@@ -21,6 +23,8 @@ class Budget:
     max_step_tokens: int
     max_queue: int
     max_context: int
+    max_background: int
+    background_tokens: int
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_num_seqs <= self.max_step_tokens:
@@ -29,6 +33,12 @@ class Budget:
                 f"max_step_tokens ({self.max_step_tokens}): each running sequence computes a token "
                 "in each step.",
                 param="max_num_seqs",
+            )
+        if self.max_background < 1 or self.background_tokens < 1:
+            raise ConfigError(
+                f"max_background ({self.max_background}) and background_tokens "
+                f"({self.background_tokens}) must be at least 1.",
+                param="max_background",
             )
 
     def check(self, seq: Sequence, blocks: BlockManager) -> None:

@@ -24,7 +24,7 @@ class Holdings:
 
     def prepare(self, seq: Sequence) -> Admission:
         """Get what the sequence wears on its way, in every lane: the worst answer."""
-        return _worst([self._residency.prepare(lane) for lane in _wearing(seq)])
+        return _worst([self._residency.prepare(lane) for lane in wearing(seq)])
 
     def take_blocks(self, seq: Sequence, *, alone: bool) -> bool:
         """Blocks for all known tokens, cached ones included; for one alone there always are."""
@@ -55,7 +55,7 @@ class Holdings:
     def lease(self, seq: Sequence) -> Admission:
         """Take the leases of a sequence that was found Ready: all where the answer is Ready."""
         held: list[Sequence] = []
-        for lane in _wearing(seq):
+        for lane in wearing(seq):
             answer = self._residency.acquire(lane)
             if not isinstance(answer, Ready):
                 self._release(held)
@@ -68,11 +68,11 @@ class Holdings:
         """All that a running sequence holds."""
         for lane in seq.computed:
             self._blocks.free(lane)
-        self._release(_wearing(seq))
+        self._release(wearing(seq))
 
     def cancel(self, seq: Sequence) -> None:
         """A waiting sequence is gone: nothing is to be brought or kept for it."""
-        for lane in _wearing(seq):
+        for lane in wearing(seq):
             self._residency.cancel(lane)
 
     def _release(self, lanes: SequenceABC[Sequence]) -> None:
@@ -81,7 +81,7 @@ class Holdings:
             lane.slot = BASE_SLOT
 
 
-def _wearing(seq: Sequence) -> list[Sequence]:
+def wearing(seq: Sequence) -> list[Sequence]:
     """The sequence, or those of its lanes, that wear an adapter."""
     return [lane for lane in seq.computed if lane.adapter is not None]
 

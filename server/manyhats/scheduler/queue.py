@@ -2,11 +2,14 @@
 
 The tenant that has had the least service is served next (``fair.FairShares``); of equals, the one
 whose last turn is longest ago. Within a tenant, preempted sequences come first (their readers wait
-in mid-sentence), then the oldest.
+in mid-sentence), then the most urgent, of equals the one whose deadline is the earliest (one
+without a deadline comes last), then the oldest.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
@@ -15,7 +18,7 @@ from math import inf
 from manyhats.scheduler.fair import FairShares
 from manyhats.types import AdapterRef, Digest, Sequence, TenantId
 
-_Key = tuple[bool, int]
+_Key = tuple[bool, int, float, int]
 _Group = deque[Sequence]
 
 
@@ -25,7 +28,8 @@ def adapter_digest(seq: Sequence) -> Digest | None:
 
 
 def _key(seq: Sequence) -> _Key:
-    return (seq.preemptions == 0, seq.id)
+    deadline = math.inf if seq.deadline is None else seq.deadline
+    return (seq.preemptions == 0, -seq.urgency, deadline, seq.id)
 
 
 class WaitingQueue:
@@ -49,8 +53,12 @@ class WaitingQueue:
                 yield from group
 
     def push(self, seq: Sequence) -> None:
-        """Queue a new sequence behind its tenant's."""
-        self._group(seq).append(seq)
+        """Queue a new sequence at its place among its tenant's, the last of its equals."""
+        group = self._group(seq)
+        if not group or _key(group[-1]) <= _key(seq):  # nearly always: nobody is in a hurry
+            group.append(seq)
+        else:
+            group.insert(bisect_right(group, _key(seq), key=_key), seq)
         self._length += 1
 
     def push_front(self, seq: Sequence) -> None:

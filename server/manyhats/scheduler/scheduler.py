@@ -8,9 +8,9 @@ Pure policy: no tensor, no clock but the ``now`` that is passed in, one thread. 
         scheduler.complete(item, token, finished)
 
 The order within a step: a token for every running sequence that decodes, then the next chunks of
-running prefills in the order of admission, then new admissions, while the token budget lasts. So
-prefill never starves decoding; nor can decoding starve itself, as the budget is at least
-``max_num_seqs`` tokens.
+running prefills in the order of admission, then new admissions, while the token budget lasts, then
+background sequences by the rules of ``scheduler/background.py``. So prefill never starves decoding;
+nor can decoding starve itself, as the budget is at least ``max_num_seqs`` tokens.
 
 Blocks for all known tokens of a sequence are taken when it is admitted, so a prefill never runs out
 of them half-way; only a decode that crosses into a new block can. Then the sequence admitted last
@@ -31,15 +31,20 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 
 from manyhats.errors import ManyhatsError, QueueFullError, RequestError
+from manyhats.scheduler import completion
+from manyhats.scheduler.background import BackgroundQueue
 from manyhats.scheduler.blocks import BlockManager, SchedulerStateError
 from manyhats.scheduler.budget import Budget
 from manyhats.scheduler.fair import FairShares
 from manyhats.scheduler.holdings import Holdings
 from manyhats.scheduler.pace import AdmissionPace
+from manyhats.scheduler.plan import StepPlan, decodes
 from manyhats.scheduler.queue import Scan, WaitingQueue
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready, Residency
+from manyhats.scheduler.running import Running
 from manyhats.types import (
     AdapterRef,
+    Priority,
     Schedule,
     ScheduledSequence,
     Sequence,
@@ -65,30 +70,45 @@ class Scheduler:
         max_step_tokens: int,
         max_queue: int,
         max_context: int,
+        max_background: int = 64,
+        background_tokens: int = 32,
         fair: FairShares | None = None,
     ) -> None:
         self._blocks = blocks
-        self._budget = Budget(max_num_seqs, max_step_tokens, max_queue, max_context)
         self._holdings = Holdings(blocks, residency)
+        self._budget = Budget(
+            max_num_seqs,
+            max_step_tokens,
+            max_queue,
+            max_context,
+            max_background,
+            background_tokens,
+        )
         self._queue = WaitingQueue(fair)
-        self._running: dict[int, Sequence] = {}  # by id, in the order of admission
-        self._lanes = 0  # of those that run
+        self._background = BackgroundQueue(self._holdings)
+        self._running = Running(self._holdings)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._failed: list[tuple[Sequence, ManyhatsError]] = []
         self._first_admissions: list[Sequence] = []
+        self._pending = False  # whether that step found a live sequence's adapter pending
         self._pace = AdmissionPace()
 
     # -- state
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait, preempted ones included."""
+        """Live sequences that wait, preempted ones included."""
         return len(self._queue)
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold blocks."""
+        """Sequences that hold blocks, background ones included."""
         return len(self._running)
+
+    @property
+    def num_background(self) -> tuple[int, int]:
+        """Background sequences that wait, and those that run."""
+        return len(self._background), self._running.num_background
 
     @property
     def has_work(self) -> bool:
@@ -101,7 +121,7 @@ class Scheduler:
         return tuple(self._first_admissions)
 
     def waiting_adapters(self) -> tuple[AdapterRef, ...]:
-        """The adapters that waiting sequences wear, each once."""
+        """The adapters that live sequences wait in, each once."""
         return self._queue.adapters()
 
     # -- coming and going
@@ -111,7 +131,7 @@ class Scheduler:
         self.add_all((seq,))
 
     def add_all(self, seqs: SequenceABC[Sequence]) -> None:
-        """Queue all choices of a request, or none.
+        """Queue all choices of a request, or none. They are of one priority.
 
         Raises ContextLengthError where one can never fit the context or the cache, RequestError for
         an empty prompt or more choices than may ever wait, QueueFullError where the queue has no
@@ -119,19 +139,21 @@ class Scheduler:
         """
         for seq in seqs:
             self._budget.check(seq, self._blocks)
-        if len(seqs) > self._budget.max_queue:
+        background = any(seq.background for seq in seqs)
+        queue = self._background if background else self._queue
+        bound = self._budget.max_background if background else self._budget.max_queue
+        if len(seqs) > bound:
             raise RequestError(
-                f"n is {len(seqs)}, and at most {self._budget.max_queue} sequences may wait.",
-                param="n",
+                f"n is {len(seqs)}, and at most {bound} sequences may wait.", param="n"
             )
-        if len(self._queue) + len(seqs) > self._budget.max_queue:
+        if len(queue) + len(seqs) > bound:
             raise QueueFullError(
-                f"{len(self._queue)} sequences are waiting, of at most {self._budget.max_queue}.",
-                retry_after_s=self._pace.retry_after_s(len(self._queue)),
+                f"{len(queue)} sequences are waiting, of at most {bound}.",
+                retry_after_s=self._pace.retry_after_s(len(queue)),
             )
         for seq in seqs:
             self._requests.setdefault(seq.request_id, []).append(seq)
-            self._queue.push(seq)
+            queue.push(seq)
 
     def abort(self, request_id: str) -> list[Sequence]:
         """End the request's unfinished sequences, free all they hold, and return them (none: []).
@@ -141,9 +163,9 @@ class Scheduler:
         seqs = list(self._requests.get(request_id, ()))
         for seq in seqs:
             if seq.status is SequenceStatus.RUNNING:
-                self._leave(seq)
+                self._running.leave(seq)
             else:
-                self._queue.remove(seq)
+                (self._background if seq.background else self._queue).remove(seq)
                 self._holdings.cancel(seq)
             self._forget(seq)
         return seqs
@@ -157,25 +179,21 @@ class Scheduler:
 
     def schedule(self, now: float) -> Schedule:
         """Choose the next step's work. Empty where nothing can run (all wait for adapters)."""
-        decodes: list[ScheduledSequence] = []
-        chunks: list[ScheduledSequence] = []
-        preempted = self._schedule_decodes(decodes)
-        budget = self._budget.max_step_tokens - len(decodes)
-        for seq in self._running.values():
-            if budget == 0:
-                break
-            if not _decodes(seq):
-                budget -= self._schedule_chunk(seq, budget, chunks)
-        self._first_admissions = []
-        self._admit(0 if preempted else budget, chunks)
+        plan = StepPlan(self._budget.max_step_tokens)
+        self._first_admissions, self._pending = [], False
+        self._schedule_running(Priority.NORMAL, plan)
+        # Who was preempted would be the first to come back, for as long as nothing has changed.
+        room = all(seq.background for seq in plan.preempted)
+        self._admit(plan, room)
+        if self._pending and self._yield_leases(plan):
+            self._admit(plan, room)
         self._pace.note(now, len(self._first_admissions))
-        # A chunk of one token that reaches the end is a decode for whoever packs the batch.
-        short = [item for item in chunks if item.count == 1 and item.samples]
-        long = [item for item in chunks if item.count > 1 or not item.samples]
-        return Schedule((*decodes, *short, *long), tuple(preempted))
+        self._schedule_background(plan)
+        return plan.schedule()
 
     def complete(self, item: ScheduledSequence, token: int | None, finished: bool) -> None:
-        """Record that the item was computed; call it once for each item of the step that was run.
+        """Record that the item was computed; call it once for each item of the step that was run,
+        or ``complete_lanes`` for those of an ensemble.
 
         ``token`` is the one drawn where ``item.samples``, else None; it is appended to the
         sequence. With ``finished`` the sequence ends and gives back all it holds (then ``token``
@@ -191,89 +209,105 @@ class Scheduler:
         The tenant is charged for each lane's token.
         """
         seq = items[0].sequence.whole or items[0].sequence
-        if self._running.get(seq.id) is not seq:
+        if seq not in self._running:
             where = f"is not at position {items[0].start}"
             raise SchedulerStateError(f"sequence {seq.id} {where}: it does not run")
-        _check_items(seq, items, token, finished)
-        for item in items:
-            lane = item.sequence
-            lane.num_computed = item.start + item.count
-            self._blocks.commit(lane, lane.num_computed)
-            if token is not None:
-                lane.token_ids.append(token)
-                self._queue.fair.charge_output(seq.tenant)
-        if token is not None and seq.lanes:
-            seq.token_ids.append(token)
+        completion.enter(self._blocks, seq, items, token, finished=finished)
+        if token is not None and not seq.background:
+            self._queue.fair.charge_output(seq.tenant, len(seq.computed))
         if finished:
-            self._leave(seq)
+            self._running.leave(seq)
             self._forget(seq)
 
     # -- inside
 
-    def _schedule_decodes(self, items: list[ScheduledSequence]) -> list[Sequence]:
-        """A token for every running sequence that lacks just one; returns whom that preempted.
+    def _schedule_running(self, priority: Priority, plan: StepPlan) -> None:
+        """Tokens for those of one priority that run, decodes first."""
+        for seq in self._running.of(priority):
+            if seq in self._running and decodes(seq) and plan.left >= len(seq.computed):
+                self._schedule_decode(seq, plan)
+        for seq in self._running.of(priority):
+            if plan.left and not decodes(seq):
+                plan.chunk(seq)
 
-        In the order of admission, so that nobody is preempted who was given a token before.
+    def _schedule_decode(self, seq: Sequence, plan: StepPlan) -> None:
+        """A token for a running sequence that lacks just one, if need be at others' cost.
+
+        Called in the order of admission, so that nobody is preempted who was given a token before.
         """
-        preempted: list[Sequence] = []
-        for seq in tuple(self._running.values()):
-            if seq.status is not SequenceStatus.RUNNING or not _decodes(seq):
-                continue
-            while not self._holdings.grow(seq):
-                victim = next(reversed(self._running.values()))
-                self._preempt(victim)
-                preempted.append(victim)
-                if victim is seq:
-                    break
-            else:
-                items += [ScheduledSequence(e, e.num_computed, 1, True) for e in seq.computed]
-        return preempted
+        while not self._holdings.grow(seq):
+            victim = self._running.victim()
+            self._preempt(victim, plan)
+            if victim is seq:
+                return
+        plan.decode(seq)
 
-    def _schedule_chunk(self, seq: Sequence, budget: int, items: list[ScheduledSequence]) -> int:
-        """What is left of the sequence, or as much as the budget lets; lanes end together."""
-        ends = sum(lane.left for lane in seq.computed) <= budget
-        kept = 1 if seq.lanes and not ends else 0  # the last token, which draws the next one
-        taken = 0
-        for lane in seq.computed:
-            count = min(budget - taken, lane.left - kept)
-            if count > 0:
-                items.append(ScheduledSequence(lane, lane.num_computed, count, ends))
-                taken += count
-        return taken
+    def _schedule_background(self, plan: StepPlan) -> None:
+        """What is left of the step, as ``scheduler/background.py`` says."""
+        if self._queue:
+            self._background.withdraw()
+        if self._queue or len(self._running) > self._running.num_background:
+            plan.left = min(plan.left, self._budget.background_tokens)
+        self._schedule_running(Priority.BACKGROUND, plan)
+        # Who was just preempted comes back at once rather than that a step has no work.
+        if self._queue or (plan.preempted and plan):
+            return
+        while failed := self._background.admit(plan, self._running, self._budget.max_num_seqs):
+            self._fail(*failed)
 
-    def _admit(self, budget: int, items: list[ScheduledSequence]) -> None:
+    def _admit(self, plan: StepPlan, room: bool) -> None:
         """Admit while there is room, then get the next ones' adapters on their way."""
         if not self._queue:
             return
         scan = self._queue.scan()
-        while budget and self._lanes < self._budget.max_num_seqs:
+        while room and plan.left and self._running.live_places < self._budget.max_num_seqs:
             seq = scan.head()
             if seq is None:
                 return
-            if not self._adapter_ready(scan, seq):
+            if not self._heed(scan, seq, self._holdings.prepare(seq)):
                 continue
-            if self._lanes + len(seq.computed) > self._budget.max_num_seqs:
-                break  # its turn: anyone after it would take the places it waits for
-            if not self._holdings.take_blocks(seq, alone=not self._running):
-                break  # and the blocks
+            if not (self._take_places(seq, plan) and self._take_blocks(seq, plan)):
+                break  # its turn: anyone after it would take what it waits for
             if not self._lease(scan, seq):
                 continue
             scan.take()
-            self._running[seq.id] = seq
-            self._lanes += len(seq.computed)
-            seq.status = SequenceStatus.RUNNING
+            self._running.enter(seq)
             if seq.preemptions == 0:
                 self._first_admissions.append(seq)
-            budget -= self._schedule_chunk(seq, budget, items)
+            plan.chunk(seq)
         for seq in scan.ahead(_LOOKAHEAD):
             answer = self._holdings.prepare(seq)
             if isinstance(answer, Failed):
                 self._queue.remove(seq)
                 self._fail(seq, answer.error)
 
-    def _adapter_ready(self, scan: Scan, seq: Sequence) -> bool:
-        """Whether the head could be leased its adapter now; if not, the scan goes on without it."""
-        return self._heed(scan, seq, self._holdings.prepare(seq))
+    def _take_places(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Places for all lanes of a live sequence, if need be those of background ones."""
+        room = self._budget.max_num_seqs - len(seq.computed)
+        while room < self._running.places and self._running.live_places <= room:
+            self._yield_last(plan)
+        return self._running.places <= room
+
+    def _take_blocks(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Blocks for all tokens of a live sequence, if need be those of background ones."""
+        while not self._holdings.take_blocks(seq, alone=not self._running):
+            if not self._yield_last(plan):
+                return False
+        return True
+
+    def _yield_last(self, plan: StepPlan) -> bool:
+        """Preempt the background sequence admitted last; whether there was one."""
+        victim = self._running.last_background()
+        if victim is not None:
+            self._preempt(victim, plan)
+        return victim is not None
+
+    def _yield_leases(self, plan: StepPlan) -> bool:
+        """Preempt the background sequences that hold a lease; whether there was one."""
+        worn = self._running.background_leases()
+        for seq in worn:
+            self._preempt(seq, plan)
+        return bool(worn)
 
     def _lease(self, scan: Scan, seq: Sequence) -> bool:
         """Take the leases of the head, which has its blocks; without them those go back."""
@@ -289,21 +323,17 @@ class Scheduler:
             self._fail(seq, answer.error)
         elif isinstance(answer, Pending):
             scan.pass_over()
+            self._pending = True
         return isinstance(answer, Ready)
 
-    def _preempt(self, seq: Sequence) -> None:
-        self._leave(seq)
+    def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
+        self._running.leave(seq)
         seq.status = SequenceStatus.WAITING
         seq.preemptions += 1
         for lane in seq.computed:
             lane.num_computed = 0
-        self._queue.push_front(seq)
-
-    def _leave(self, seq: Sequence) -> None:
-        """Give back what a running sequence holds."""
-        del self._running[seq.id]
-        self._lanes -= len(seq.computed)
-        self._holdings.give_back(seq)
+        (self._background if seq.background else self._queue).push_front(seq)
+        plan.preempted.append(seq)
 
     def _fail(self, seq: Sequence, error: ManyhatsError) -> None:
         self._holdings.cancel(seq)
@@ -316,24 +346,3 @@ class Scheduler:
         siblings.remove(seq)
         if not siblings:
             del self._requests[seq.request_id]
-
-
-def _decodes(seq: Sequence) -> bool:
-    """Whether a running sequence, with all its lanes, lacks just one token."""
-    return all(lane.left == 1 for lane in seq.computed)
-
-
-def _check_items(
-    seq: Sequence, items: SequenceABC[ScheduledSequence], token: int | None, finished: bool
-) -> None:
-    """Raises SchedulerStateError for items out of date or a token that nobody was to draw."""
-    for item in items:
-        lane = item.sequence
-        if (lane.whole or lane) is not seq or item.start != lane.num_computed:
-            raise SchedulerStateError(f"sequence {lane.id} is not at position {item.start}")
-        if (token is not None and not item.samples) or (
-            token is None and item.samples and not finished
-        ):
-            raise SchedulerStateError(f"sequence {lane.id}: token {token}, samples {item.samples}")
-    if (token is not None or finished) and len(items) != len(seq.computed):
-        raise SchedulerStateError(f"sequence {seq.id} ends a step with some of its lanes")
