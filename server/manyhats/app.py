@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from manyhats.adapters.base_weights import BaseWeights
@@ -24,12 +21,23 @@ from manyhats.adapters.derived import DerivedFile
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
-from manyhats.api import admin, collection, rollouts, sharing, tenants, usage
-from manyhats.api import evaluations as evaluations_api
+from manyhats.adapters.sources.address import AllowList
+from manyhats.api import (
+    admin,
+    collection,
+    drift,
+    evaluations,
+    operations,
+    rollouts,
+    sharing,
+    tenants,
+    usage,
+    vllm,
+)
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
-from manyhats.banner import announce
 from manyhats.config import Settings
 from manyhats.engine.build import Engine, build_engine
 from manyhats.engine.kernels import resolve_kernels
@@ -39,22 +47,32 @@ from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.build import open_adapters, open_registry, retention
-from manyhats.lifecycle.collecting import collecting
-from manyhats.lifecycle.evaluation.service import EvaluationService
-from manyhats.lifecycle.evaluation.store import EvaluationStore
-from manyhats.lifecycle.following import Follower
 from manyhats.lifecycle.loading import checked, load_adapter
-from manyhats.lifecycle.schedule import scheduled
 from manyhats.lifecycle.service import AdapterService
+from manyhats.lifecycle.warm import warm
 from manyhats.metrics import Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
-from manyhats.tenancy.build import Tenancy, open_tenancy
+from manyhats.services import Services, open_services
+from manyhats.serving import Listener
+from manyhats.tenancy.build import open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 
 logger = logging.getLogger(__name__)
 
 _UNNAMED = Digest("")
+_ROUTES = (
+    admin,
+    collection,
+    drift,
+    evaluations,
+    operations,
+    rollouts,
+    sharing,
+    tenants,
+    usage,
+    vllm,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +83,14 @@ class Application:
     engine: Engine
     adapters: AdapterService
     api: FastAPI
+    readiness: Readiness
     closing: tuple[Callable[[], None], ...]
 
 
 def build(settings: Settings) -> Application:
     """Loads the base and wires the server. Raises ConfigError where a setting cannot work here."""
     check_exposure(settings)
+    AllowList(settings.source_allow)  # a bad entry is told before the base is loaded
     settings.home.mkdir(parents=True, exist_ok=True)
     kernels = resolve_kernels(
         settings.kernels, device=resolve_device(settings.device), home=settings.home
@@ -80,7 +100,8 @@ def build(settings: Settings) -> Application:
     threads = settings.threads or torch.get_num_threads()
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
-    settings.base_folder(base.name).mkdir(parents=True, exist_ok=True)
+    folder = settings.base_folder(base.name)
+    folder.mkdir(parents=True, exist_ok=True)
     store = open_adapters(settings, base.name)
     tenancy = open_tenancy(settings, settings.registry_file(base.name))
     registry = open_registry(settings, base.name, tenancy.directory)
@@ -95,55 +116,48 @@ def build(settings: Settings) -> Application:
         observer=metrics,
         shares=_shares(tenancy.directory),
     )
+    parity = engine.parity
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=checked(compile_folder, engine.parity.check)
-        if engine.parity
-        else compile_folder,
+        compile_folder=checked(compile_folder, parity.check) if parity else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
         retention=retention(settings),
     )
-    evaluations = EvaluationService(
-        engine.client, adapters, EvaluationStore(folder / "evaluations"), metrics.evaluated
+    services = open_services(settings, folder, engine, registry, adapters, tenancy, metrics)
+    state = _state(settings, engine, services, metrics)
+    residency = engine.residency or NoAdapters()
+    hot = partial(
+        warm, state.recent, folder / "hot.json", registry, residency, limit=settings.prefetch_hot
     )
-    adapters.rollouts.gate = evaluations.objection
-    adapters.collector.leased = partial(_leased, engine)
-    adapters.collector.freed = lambda c: metrics.collected(len(c.versions), c.nbytes)
-    follower = Follower(registry)
-    metrics.watch_store(lambda: follower.reachable)
-    state = ApiState(
+    lifespan = partial(_lifespan, state=state, engine=engine, services=services, warmed=hot)
+    api = create_api(state, [module.router for module in _ROUTES], lifespan)
+    closing = (*services.closing, registry.close, store.close, tenancy.close)
+    return Application(settings, engine, adapters, api, state.readiness, closing)
+
+
+def _state(settings: Settings, engine: Engine, services: Services, metrics: Metrics) -> ApiState:
+    """What the routes use."""
+    tenancy, follower = services.tenancy, services.follower
+    return ApiState(
         settings=settings,
         engine=engine.client,
-        adapters=adapters,
+        adapters=services.adapters,
         metrics=metrics,
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
         usage=tenancy.usage,
+        evaluations=services.evaluations,
+        operations=services.operations,
+        pins=services.pins,
+        shadows=services.shadows,
+        drift_detection=services.drift,
         store_reachable=lambda: follower.reachable,
-        evaluations=evaluations,
     )
-    modules = (admin, collection, evaluations_api, rollouts, sharing, tenants, usage)
-    lifespan = partial(
-        _lifespan,
-        engine=engine,
-        adapters=adapters,
-        tenancy=tenancy,
-        follower=follower,
-        evaluations=evaluations,
-    )
-    api = create_api(state, [module.router for module in modules], lifespan)
-    closing = (registry.close, store.close, tenancy.close)
-    return Application(settings, engine, adapters, api, closing)
-
-
-def _leased(engine: Engine) -> set[Digest]:
-    """What running requests hold on the device."""
-    return {found.ref.digest for found in engine.client.stats().resident if found.leases}
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -190,12 +204,26 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal again once it has shut down: all is done then, and nothing failed.
     signal.signal(signal.SIGTERM, _ended)
     try:
-        _Server(application).run()
+        _listener(application).run()
     except KeyboardInterrupt:
         logger.info("interrupted; the running requests have ended")
     finally:
         for close in application.closing:
             close()
+
+
+def _listener(application: Application) -> Listener:
+    def names() -> list[str]:
+        return sorted({card.ref.name for card in application.adapters.list(DEFAULT_TENANT)})
+
+    return Listener(
+        application.api,
+        application.settings,
+        engine=application.engine.client,
+        readiness=application.readiness,
+        close_door=application.engine.loop.close_door,
+        names=names,
+    )
 
 
 def register_roots(application: Application) -> None:
@@ -236,70 +264,25 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    app: FastAPI,
+    _app: FastAPI,
     *,
+    state: ApiState,
     engine: Engine,
-    adapters: AdapterService,
-    tenancy: Tenancy,
-    evaluations: EvaluationService,
-    follower: Follower,
+    services: Services,
+    warmed: Callable[[], AbstractAsyncContextManager[None]],
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
-        period_s = app.state.manyhats.settings.gc_period_s
-        with tenancy.directory.keep_fresh(), follower.following(), tenancy.usage.flushing():
-            async with (
-                scheduled(adapters.rollouts, adapters.rollouts.objection),
-                collecting(adapters.collector, period_s),
-            ):
-                yield
+        async with services.running(), state.readiness.proving(engine.client), warmed():
+            yield
     finally:
-        await evaluations.close()
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
-        await tenancy.limiter.close()
+        await services.tenancy.limiter.close()
 
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:
     """The default action would kill the process before it has closed its files."""
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which announces its real address and turns away new requests while it
-    drains.
-    """
-
-    def __init__(self, application: Application) -> None:
-        settings = application.settings
-        super().__init__(
-            uvicorn.Config(
-                application.api,
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=math.ceil(settings.drain_s),
-                timeout_keep_alive=75,
-            )
-        )
-        self._application = application
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then says where the server answers."""
-        await super().startup(sockets)
-        if self.started:
-            port = self.servers[0].sockets[0].getsockname()[1]
-            announce(
-                self._application.settings, port, self._application.engine.client, self._names()
-            )
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second Ctrl-C stops at once, as uvicorn's."""
-        self._application.engine.loop.close_door()
-        super().handle_exit(sig, frame)
-
-    def _names(self) -> list[str]:
-        return sorted({c.ref.name for c in self._application.adapters.list(DEFAULT_TENANT)})

@@ -18,7 +18,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from manyhats import __version__
-from manyhats.commands import adapters, storage, tenants
+from manyhats.commands import adapters, drift, storage, tenants
 from manyhats.config import Dtype, Settings, unknown_variables
 from manyhats.errors import ConfigError, RequestError, ServiceError
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(drift.app, name="drift")
 
 
 def _flag(name: str) -> str:

@@ -6,100 +6,35 @@ a flag wins.
 
 from __future__ import annotations
 
-import enum
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import NoDecode
+
+from manyhats.choices import Device, Dtype, Kernels, LogLevel, Quantization
+from manyhats.model_settings import ModelSettings
+from manyhats.secret_files import with_secret_files
+
+__all__ = [
+    "CLIENT_VARIABLES",
+    "Device",
+    "Dtype",
+    "Kernels",
+    "LogLevel",
+    "Quantization",
+    "Settings",
+    "unknown_variables",
+]
 
 CLIENT_VARIABLES = frozenset({"MANYHATS_URL", "MANYHATS_KEY"})
 """Variables of the commands that speak to a running server; no settings of a server."""
 
 
-class Quantization(enum.StrEnum):
-    """How the base's linear weights are kept."""
-
-    NF4 = "nf4"
-    FP4 = "fp4"
-    INT8 = "int8"
-    NONE = "none"
-
-
-class Dtype(enum.StrEnum):
-    """The dtype of activations, of the KV cache and of adapters on the device."""
-
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP32 = "fp32"
-
-
-class Device(enum.StrEnum):
-    """Where the base model lives."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Kernels(enum.StrEnum):
-    """The kernel backends by name; ``auto`` is the fastest that works here."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    TORCH = "torch"
-    NATIVE = "native"
-    TRITON = "triton"
-
-
-class LogLevel(enum.StrEnum):
-    """What is logged: messages of this level and above."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class Settings(BaseSettings):
+class Settings(ModelSettings):
     """The server's settings; sizes say their unit in their name or description."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="MANYHATS_", frozen=True, extra="forbid", validate_default=True
-    )
-
-    home: Path = Field(
-        default=Path("~/.manyhats"),
-        description="Folder for models, adapters, the registry and built kernels.",
-    )
-    model: str = Field(
-        default="default",
-        description="Base model: a local folder, a hub id, or 'default' (SmolLM2-135M-Instruct "
-        "from PyPI).",
-    )
-    model_name: str | None = Field(
-        default=None,
-        description="Id under which the base is served; default: the folder's or hub id's name.",
-    )
-    revision: str | None = Field(default=None, description="Revision of a hub model.")
-    quantization: Quantization = Field(
-        default=Quantization.NF4, description="Base weights' format."
-    )
-    dtype: Dtype = Field(default=Dtype.BF16, description="Activations, KV cache and adapters.")
-    device: Device = Field(default=Device.AUTO, description="auto takes CUDA where it is present.")
-    kernels: Kernels = Field(default=Kernels.AUTO, description="Kernel backend.")
-    cuda_graphs: bool = Field(
-        default=True, description="Capture decode steps in CUDA graphs, where the kernels allow it."
-    )
-    layer_stack: bool = Field(
-        default=True,
-        description="On a CPU run decode steps of Llama-shaped bases in one native call.",
-    )
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads for the engine."
-    )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
@@ -109,6 +44,12 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(),
         description="API keys with the tenant role (comma-separated in the environment).",
+    )
+    admin_api_keys_file: Path | None = Field(
+        default=None, description="File with admin keys, one a line, beside --admin-api-keys."
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with tenant keys, one a line, beside --api-keys."
     )
     redis_url: SecretStr | None = Field(
         default=None,
@@ -133,6 +74,9 @@ class Settings(BaseSettings):
     )
     usage_days: int = Field(
         default=400, ge=1, le=3660, description="Days that the tenants' usage is kept."
+    )
+    redis_url_file: Path | None = Field(
+        default=None, description="File with the Redis URL, in the place of --redis-url."
     )
     metrics_open: bool = Field(
         default=False, description="Show /metrics without a key, where keys are configured."
@@ -263,6 +207,18 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         default=30.0, ge=0, description="Seconds that SIGTERM waits for running requests."
     )
+    drain_grace_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=600,
+        description="Seconds from SIGTERM, when /readyz goes down, until new requests are refused.",
+    )
+    prefetch_hot: int = Field(
+        default=32,
+        ge=0,
+        le=4096,
+        description="Hot adapters of the last run that a start prefetches; 0: none.",
+    )
     metrics_adapters: int = Field(
         default=200,
         ge=1,
@@ -272,6 +228,49 @@ class Settings(BaseSettings):
         default=200,
         ge=1,
         description="Tenants with a label of their own in /metrics; the rest are 'other'.",
+    )
+    drift: bool = Field(
+        default=True,
+        description="Watch each adapter's traffic for drift; docs/drift.md has it all.",
+    )
+    drift_alpha: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="Probability of ever raising a false alarm, on any adapter and signal.",
+    )
+    drift_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Share of requests that the bare base scores again, in idle steps.",
+    )
+    drift_canary_share: float = Field(
+        default=0.2, ge=0, le=1, description="The same share of a canary's requests."
+    )
+    drift_warm_up: int = Field(
+        default=20, ge=0, description="First requests of a version that its reference leaves out."
+    )
+    drift_reference: int = Field(
+        default=300,
+        ge=16,
+        le=100_000,
+        description="Requests that a version's reference is made of.",
+    )
+    drift_small_reference: int = Field(
+        default=64, ge=16, le=100_000, description="Likewise of rescored requests and of feedback."
+    )
+    drift_window: int = Field(
+        default=256, ge=16, le=65536, description="Requests in the window compared with it."
+    )
+    drift_small_window: int = Field(
+        default=64, ge=16, le=65536, description="Likewise rescored ones, feedback, a canary's."
+    )
+    drift_webhook_url: str | None = Field(
+        default=None, description="Where alarms are sent, as signed POSTs."
+    )
+    drift_webhook_secret: SecretStr | None = Field(
+        default=None, description="Key of the signatures (HMAC-SHA256)."
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
 
@@ -289,6 +288,12 @@ class Settings(BaseSettings):
     @classmethod
     def _split_colons(cls, value: object) -> object:
         return tuple(v for v in value.split(":") if v) if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secret_files(cls, given: Any) -> Any:
+        """Secrets as files (of Docker or Kubernetes, say): read once, at start."""
+        return with_secret_files(given) if isinstance(given, dict) else given
 
     def base_folder(self, base_id: str) -> Path:
         """Where what belongs to one base lies: its registry and its adapters' bytes."""

@@ -21,7 +21,7 @@ from support.adapter_service import (
 )
 from support.fake_engine import FakeEngine
 
-from manyhats.api import admin, rollouts
+from manyhats.api import admin, rollouts, vllm
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.config import Settings
@@ -59,6 +59,7 @@ class Server:
         install_handlers(self.app)
         self.app.include_router(admin.router)
         self.app.include_router(rollouts.router)
+        self.app.include_router(vllm.router)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -466,11 +467,11 @@ def test_every_route_needs_the_admin_role(adapters):
     server = Server(adapters, Settings(api_keys=("user",), admin_api_keys=("admin",)))
     routes = [
         (method, route.path.format(name="a", version=1))
-        for router in (admin.router, rollouts.router)
+        for router in (admin.router, rollouts.router, vllm.router)
         for route in router.routes
         for method in route.methods
     ]
-    assert len(routes) == 99
+    assert len(routes) == 18
     for method, path in routes:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             headers = {} if key is None else {"authorization": f"Bearer {key}"}

@@ -138,6 +138,6 @@ def test_a_composition_is_registered_shown_and_deleted(client):
 def test_a_registration_names_one_source(client):
     for body in ({"name": "x"}, {"name": "x", "path": "/", "composition": {"stack": ["a"]}}):
         answer = client.post("/admin/adapters", json=body)
-        assert_error(answer, 400, "invalid_request", "path", "either path or composition")
+        assert_error(answer, 400, "invalid_request", "path", "one of path, composition and source")
     answer = client.post("/admin/adapters", json={"name": "x", "composition": {"stack": ["z"]}})
     assert_error(answer, 404, "model_not_found", "composition.stack[0]")

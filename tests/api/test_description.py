@@ -6,13 +6,13 @@ import jsonschema
 import pytest
 from support.api import Api
 
-from manyhats.api import admin, operations, rollouts, sharing, tenants, usage
+from manyhats.api import admin, operations, rollouts, sharing, tenants, usage, vllm
 from manyhats.api.description import statuses
 
 
 @pytest.fixture(scope="module")
 def document():
-    modules = (admin, operations, rollouts, sharing, tenants, usage)
+    modules = (admin, operations, rollouts, sharing, tenants, usage, vllm)
     return Api(routers=[m.router for m in modules]).get("/openapi.json").json()
 
 

@@ -11,12 +11,14 @@ from support.api import Api, settings_of
 from manyhats.api import (
     admin,
     collection,
+    drift,
     evaluations,
     operations,
     rollouts,
     sharing,
     tenants,
     usage,
+    vllm,
 )
 from manyhats.api.auth import OPEN_ROUTES, needed_role
 from manyhats.tenancy.model import Role, Tenant
@@ -38,7 +40,18 @@ async def new_route() -> str:
 
 def make(**settings) -> tuple[Api, dict[Role, str]]:
     """The whole application, two routes whose author thought of nothing, and a key of each role."""
-    own = (admin, collection, evaluations, operations, rollouts, sharing, tenants, usage)
+    own = (
+        admin,
+        collection,
+        drift,
+        evaluations,
+        operations,
+        rollouts,
+        sharing,
+        tenants,
+        usage,
+        vllm,
+    )
     routers = [*(module.router for module in own), forgetful]
     api = Api(settings=settings_of(**KEYS, **settings), routers=routers)
     api.tenants.create(Tenant(id="acme"))

@@ -16,9 +16,11 @@ from fastapi import APIRouter, FastAPI
 from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
 from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.operations import Operations
 from manyhats.lifecycle.pins import Pins
@@ -43,6 +45,7 @@ class Api:
     grammar: FakeGrammar = field(default_factory=FakeGrammar)
     metrics: Metrics = field(default_factory=lambda: Metrics(10, clock=lambda: 1234.5))
     routers: Sequence[APIRouter] = ()
+    drift: Drift | None = None
     tenants: TenantDirectory = field(
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
@@ -51,6 +54,7 @@ class Api:
     operations: Operations | None = None
     pins: Pins | None = None
     shadows: Shadows | None = None
+    readiness: Readiness = field(default_factory=lambda: Readiness(proven=True))
 
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
@@ -61,6 +65,8 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                readiness=self.readiness,
+                drift_detection=self.drift,
                 evaluations=self.evaluations,
                 operations=self.operations,
                 pins=self.pins,

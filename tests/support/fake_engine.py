@@ -87,6 +87,7 @@ class FakeEngine:
 
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     ready: bool = True
+    failed: bool = False
     refuse: ManyhatsError | None = None
     error: ManyhatsError | None = None
     error_after: int = 3

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
@@ -17,9 +18,13 @@ class RedisServer:
     """A redis-server on a free loopback port; its data lies in ``folder``.
 
     ``persistent``: each write is on the disk before it is answered, so that none is lost by a kill.
+    ``arguments`` take the place of all of ours but port and address.
     """
 
-    def __init__(self, folder: Path, *, persistent: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, persistent: bool = False, arguments: Sequence[str] | None = None
+    ) -> None:
+        self._arguments = arguments
         self._folder = folder
         self._persistent = persistent
         self._process: subprocess.Popen[bytes] | None = None
@@ -28,9 +33,10 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = [_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--dir", str(self._folder), "--daemonize", "no"]
-        command += ["--appendonly", "yes" if self._persistent else "no", "--appendfsync", "always"]
+        command = [_binary(), "--port", str(self.port), "--bind", "127.0.0.1"]
+        ours = ["--save", "", "--dir", str(self._folder), "--daemonize", "no"]
+        ours += ["--appendonly", "yes" if self._persistent else "no", "--appendfsync", "always"]
+        command += ours if self._arguments is None else self._arguments
         with (self._folder / "log").open("ab") as sink:
             self._process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
         self._wait()

@@ -1,4 +1,4 @@
-"""Administration: register, list, show and delete adapters, in our own routes and in vLLM's.
+"""Administration: register, list, show and delete adapters, vLLM's routes aside.
 
 Every route needs the operator's role and acts for one tenant (``api.auth.TENANT_HEADER``).
 """
@@ -12,17 +12,25 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Path, Query, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 from manyhats.adapters.sources.address import Source
 from manyhats.adapters.staging import Staging
-from manyhats.api.administration import Operator, adapters, blocking, cause, evaluations, measuring
+from manyhats.api.administration import (
+    Operator,
+    adapters,
+    admitted,
+    blocking,
+    cause,
+    evaluations,
+    forget,
+)
 from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body
 from manyhats.api.holders import refuse_held
 from manyhats.api.operations import result, running_operations
 from manyhats.api.registration import RegisterRequest, described
-from manyhats.api.schemas import StrictModel, request_body
+from manyhats.api.schemas import request_body
 from manyhats.api.state import api_state
 from manyhats.api.upload import UploadReader, boundary_of
 from manyhats.engine.interface import ResidentAdapter
@@ -34,27 +42,6 @@ from manyhats.lifecycle.records import AdapterRecord, Registration, split_versio
 from manyhats.lifecycle.service import AdapterService
 
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
-
-
-class LoadLoraRequest(StrictModel):
-    """Body of ``POST /v1/load_lora_adapter``.
-
-    ``base_model_name`` and ``load_inplace`` are there for the controllers that send them and change
-    nothing: the weights themselves say whether they fit the base, and a name that exists always
-    gets its next version while running requests keep theirs.
-    """
-
-    lora_name: str
-    lora_path: str
-    base_model_name: str | None = None
-    load_inplace: bool | None = None
-
-
-class UnloadLoraRequest(StrictModel):
-    """Body of ``POST /v1/unload_lora_adapter``. ``lora_int_id`` changes nothing: names identify."""
-
-    lora_name: str
-    lora_int_id: int | None = None
 
 
 @router.post(
@@ -85,7 +72,7 @@ async def register(
         card = await _receive(request, caller, service)
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
-        told = await _admitted(request, caller, body.name, body.registration(caller))
+        told = await admitted(request, caller, body.name, body.registration(caller))
         if body.remote is not None:
             return await _fetched(request, caller, body, body.remote, told, wait=wait)
         card = await blocking(_registration(caller, service, body, told))
@@ -152,7 +139,7 @@ async def delete(
         adapters(request).delete, name, caller.tenant, force=force, cause=cause(caller, reason)
     )
     refs = await blocking(call)
-    await _forget(request, caller, name)
+    await forget(request, caller, name)
     return {"name": name, "deleted": True, "versions": [ref.version for ref in refs]}
 
 
@@ -173,48 +160,6 @@ async def cache(request: Request) -> dict[str, Any]:
         },
         "host": {"bytes_total": stats.host_bytes_total, "bytes_used": stats.host_bytes_used},
     }
-
-
-@router.post("/v1/load_lora_adapter", openapi_extra=request_body(LoadLoraRequest))
-async def load_lora_adapter(request: Request, caller: Operator) -> PlainTextResponse:
-    """vLLM's route: register a folder and start to bring it to the host tier.
-
-    Idempotent: the same content under the same name again is a success as well.
-    """
-    body = await read_body(request, LoadLoraRequest)
-    service = adapters(request)
-    card = await blocking(
-        partial(
-            service.register_folder,
-            body.lora_name,
-            body.lora_path,
-            tenant=caller.tenant,
-            registration=await _admitted(
-                request, caller, body.lora_name, Registration(cause=cause(caller))
-            ),
-        )
-    )
-    service.prefetch(card.ref)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
-
-
-@router.post("/v1/unload_lora_adapter", openapi_extra=request_body(UnloadLoraRequest))
-async def unload_lora_adapter(request: Request, caller: Operator) -> PlainTextResponse:
-    """vLLM's route: delete the name with all its versions.
-
-    Idempotent: a name that is not there is a success that says so. vLLM answers 404 to that, which
-    controllers that retry until the state is as wanted would take for a failure.
-    """
-    body = await read_body(request, UnloadLoraRequest)
-    service, name = adapters(request), body.lora_name
-    try:
-        await blocking(
-            partial(service.delete, name, caller.tenant, force=True, cause=cause(caller))
-        )
-    except ModelNotFoundError:
-        return PlainTextResponse("Success: no LoRA adapter of that name was loaded.")
-    await _forget(request, caller, name)
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 def _registration(
@@ -285,32 +230,12 @@ async def _receive(request: Request, caller: Principal, service: AdapterService)
                 staging,
                 tenant=caller.tenant,
                 source=body.source or "upload",
-                registration=await _admitted(request, caller, name, body.registration(caller)),
+                registration=await admitted(request, caller, name, body.registration(caller)),
             )
         )
     if data is not None:
         await blocking(partial(evaluations(request).configure, name, caller.tenant, data=data))
     return card
-
-
-async def _admitted(
-    request: Request, caller: Principal, name: str, told: Registration
-) -> Registration:
-    """The registration under what the name requires of its versions."""
-    service = measuring(request)
-    if service is None:
-        return told
-    return await blocking(partial(service.admitted, name, caller.tenant, told))
-
-
-async def _forget(request: Request, caller: Principal, name: str) -> None:
-    """A name that is gone takes its evaluations with it."""
-    service = measuring(request)
-    try:
-        adapters(request).entry(name, caller.tenant)
-    except ModelNotFoundError:
-        if service is not None and "@" not in name:
-            await blocking(partial(service.forget, name, caller.tenant))
 
 
 @asynccontextmanager

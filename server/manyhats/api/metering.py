@@ -54,6 +54,7 @@ async def metered(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, Output
         if paid:
             adapter = None if job.adapter is None else job.adapter.name
             state.usage.add(tenant, adapter, job.prompt_tokens, generated)
+            state.recent.note(job.adapter)
             state.metrics.used(tenant, job.prompt_tokens, generated)
 
 

@@ -12,7 +12,6 @@ from manyhats.api.answers import chunks, whole_answer
 from manyhats.api.auth import Principal, require_user
 from manyhats.api.body import read_body
 from manyhats.api.logprobs import TokenLabels
-from manyhats.api.metering import metered
 from manyhats.api.middleware import CLIENT_GONE
 from manyhats.api.prompts import Job, plan_chat, plan_completion
 from manyhats.api.routing import route_hint
@@ -20,6 +19,7 @@ from manyhats.api.schemas import ChatRequest, CompletionRequest, request_body
 from manyhats.api.state import ApiState, api_state
 from manyhats.api.stream import ClientGoneError, EventStream, while_connected
 from manyhats.api.terms import terms_of
+from manyhats.api.watching import watched
 from manyhats.errors import ModelNotFoundError
 from manyhats.lifecycle.directory import AdapterCard
 
@@ -87,7 +87,7 @@ async def create_chat_completion(request: Request, caller: Caller) -> Response:
 
 async def _answer(request: Request, job: Job, *, stream: bool, chat: bool) -> Response:
     state = api_state(request)
-    deltas = metered(state, job)
+    deltas = watched(state, job)
     if state.shadows is not None:
         deltas = state.shadows.beside(job, deltas)
     labels: TokenLabels = request.app.state.manyhats_labels

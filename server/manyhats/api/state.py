@@ -8,13 +8,17 @@ from typing import Protocol
 
 from fastapi import Request
 
+from manyhats.api.readiness import Readiness
 from manyhats.api.shadows import Shadows
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
+from manyhats.drift.monitor import DriftMonitor
 from manyhats.engine.interface import EngineClient
 from manyhats.lifecycle.directory import AdapterDirectory
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.operations import Operations
 from manyhats.lifecycle.pins import Pins
+from manyhats.lifecycle.warm import RecentUse
 from manyhats.metrics import Metrics
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
@@ -54,6 +58,14 @@ class ApiState:
     operations: Operations | None = None
     pins: Pins | None = None
     shadows: Shadows | None = None
+    readiness: Readiness = field(default_factory=Readiness)
+    recent: RecentUse = field(default_factory=RecentUse)
+    drift_detection: Drift | None = None
+
+    @property
+    def drift(self) -> DriftMonitor | None:
+        """Who is told of each answer; None where drift detection is off."""
+        return None if self.drift_detection is None else self.drift_detection.monitor
 
 
 def api_state(request: Request) -> ApiState:

@@ -112,6 +112,11 @@ class AsyncEngine:
         """Whether the step loop takes requests."""
         return self._loop.accepting
 
+    @property
+    def failed(self) -> bool:
+        """Whether the step loop has ended by a defect."""
+        return self._loop.failed
+
     def stats(self) -> EngineStats:
         """The latest snapshot."""
         return self._loop.stats()

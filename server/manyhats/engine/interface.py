@@ -167,6 +167,10 @@ class EngineClient(Protocol):
     def ready(self) -> bool:
         """Whether the step loop runs and takes requests (false while draining)."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether the step loop has ended by a defect: only a new process helps."""
+
 
 class EngineObserver(Protocol):
     """Told of what happens, on the engine's own threads; must be quick and must not raise.

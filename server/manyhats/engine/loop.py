@@ -80,6 +80,7 @@ class EngineLoop:
         self._waiting = dict.fromkeys(Priority, 0)  # in the scheduler's queues
         self._draining = False
         self._stopping = False
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
@@ -138,6 +139,11 @@ class EngineLoop:
         """Whether ``submit`` takes requests."""
         return self._thread.is_alive() and not self._draining
 
+    @property
+    def failed(self) -> bool:
+        """Whether the step thread has ended by a defect."""
+        return self._failed
+
     def close_door(self) -> None:
         """Takes nothing new from now on. Waits for nothing: signal handlers may call it."""
         self._draining = True
@@ -179,6 +185,7 @@ class EngineLoop:
             self._refresh_stats()
         except Exception as error:
             logger.critical("the step loop has ended by a defect", exc_info=True)
+            self._failed = True
             self.close_door()
             self._dismiss(EngineFailedError(f"the engine has failed: {error}"))
 

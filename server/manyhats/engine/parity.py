@@ -30,7 +30,7 @@ from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.parts_reference import wearing
 from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner
-from manyhats.errors import AdapterRejectedError, ServiceError
+from manyhats.errors import AdapterRejectedError, EngineFailedError, ServiceError
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.types import (
     AdapterRef,
@@ -143,6 +143,10 @@ class ParityCheck:
                 served = [self._served(ref, ids) for ids in self._prompts]
         except TimeoutError:
             raise ServiceError("the parity probe had no answer; try again later") from None
+        except EngineFailedError as error:
+            raise AdapterRejectedError(
+                "parity_mismatch", f"the engine cannot compute with it: {error.message}"
+            ) from None
         finally:
             self._residency.drop(ref)
         expected = [self._reference(adapter, ids) for ids in self._prompts]

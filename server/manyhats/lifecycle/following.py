@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -19,12 +19,14 @@ POLL_S: Final = 0.5
 
 class Follower:
     """Follows ``registry`` while ``following`` runs; ``reachable`` says whether its store answers.
+    ``changed`` is called when it has changed.
 
     While it does not, the last snapshot goes on answering. Both turns are logged, once.
     """
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, changed: Callable[[], None] = lambda: None) -> None:
         self._registry = registry
+        self._changed = changed
         self._reachable = True
 
     @property
@@ -48,10 +50,14 @@ class Follower:
             thread.join()
 
     def _run(self, ended: threading.Event) -> None:
+        told = self._registry.revision
         while not ended.is_set():
             try:
                 self._registry.store.wait(POLL_S)
                 self._registry.refresh()
+                if self._registry.revision != told:
+                    told = self._registry.revision
+                    self._changed()
             except ServiceError as error:
                 self._note(error)
                 ended.wait(POLL_S)

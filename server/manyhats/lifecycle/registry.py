@@ -77,6 +77,11 @@ class Registry:
         """What it is kept in."""
         return self._store
 
+    @property
+    def revision(self) -> int:
+        """The number of changes that the snapshot holds."""
+        return self._snapshot.head.seq
+
     def follow(self, follower: Callable[[Difference], None]) -> None:
         """From now on ``follower`` is told what others change in a shared store; see ``Ledger``."""
         self._ledger.follower = follower

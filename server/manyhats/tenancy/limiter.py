@@ -15,6 +15,10 @@ from manyhats.tenancy.quota import Account, Refusal
 class Limiter(Protocol):
     """Keeps every tenant's account. Called on the event loop."""
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the shared store answered last; without one, always."""
+
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int
     ) -> Refusal | None:
@@ -48,6 +52,11 @@ class MemoryLimiter:
             tenant: Account(day=today, day_tokens=tokens)
             for tenant, tokens in (used_today or {}).items()
         }
+
+    @property
+    def reachable(self) -> bool:
+        """See Limiter: there is no store."""
+        return True
 
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int

@@ -132,6 +132,11 @@ class RedisLimiter:
         self._again = 0.0
         self._owed: deque[tuple[str, str, Quotas, int]] = deque(maxlen=_OWED)
 
+    @property
+    def reachable(self) -> bool:
+        """Whether Redis answered last."""
+        return not self._unreachable
+
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int
     ) -> Refusal | None:

@@ -14,7 +14,7 @@ from manyhats.adapters.sources.partial import PartialFile, check_digest
 from manyhats.adapters.sources.progress import Progress
 from manyhats.adapters.sources.stores import StoreFetcher
 from manyhats.adapters.sources.web import WebFetcher
-from manyhats.adapters.store import MAX_CONFIG_BYTES
+from manyhats.adapters.staging import MAX_CONFIG_BYTES
 from manyhats.errors import AdapterRejectedError
 
 
