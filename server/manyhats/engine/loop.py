@@ -22,7 +22,7 @@ from manyhats.engine.runner import ModelRunner
 from manyhats.errors import DrainingError, EngineFailedError, ManyhatsError, QueueFullError
 from manyhats.scheduler.deadlines import Deadlines, out_of_time
 from manyhats.scheduler.scheduler import Scheduler
-from manyhats.types import GenerationRequest, OutputDelta, Priority, Schedule
+from manyhats.types import AdapterRef, GenerationRequest, OutputDelta, Priority, Schedule
 from manyhats.types import Sequence as LiveSequence
 
 logger = logging.getLogger(__name__)
@@ -244,15 +244,30 @@ class EngineLoop:
         self._set_waiting()
 
     def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
+        worn = request.adapter.lanes if request.adapter is not None else (None,)
+        if worn == (request.adapter,):
+            virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
+            return self._computed(request, index, request.adapter, virtual)
+        whole = self._computed(request, index, request.adapter, 0)
+        whole.lanes = tuple(
+            self._computed(request, index, lane, lane.virtual_tokens if lane is not None else 0)
+            for lane in worn
+        )
+        for lane in whole.lanes:
+            lane.whole = whole
+        return whole
+
+    def _computed(
+        self, request: GenerationRequest, index: int, adapter: AdapterRef | None, virtual: int
+    ) -> LiveSequence:
         self._sequence_ids += 1
-        virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
         return LiveSequence(
             id=self._sequence_ids,
             request_id=request.request_id,
             index=index,
             tenant=request.tenant,
             params=request.params[index],
-            adapter=request.adapter,
+            adapter=adapter,
             arrival=request.arrival,
             deadline=request.deadline,
             urgency=request.urgency,
