@@ -50,6 +50,7 @@ serve: install ## Serve the default model and the demo adapters on 127.0.0.1:800
 
 test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 	@$(BIN)/manyhats fetch-default >/dev/null
+	@{ command -v prometheus && command -v promtool; } >/dev/null || deploy/prometheus/fetch-tools "$${MANYHATS_HOME:-$$HOME/.manyhats}/tools" || true
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports

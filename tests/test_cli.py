@@ -51,10 +51,25 @@ OTHER = {
     "log_format": "json",
     "kernels": "torch",
     "max_conversion_error": "0.5",
+    "drift_alpha": "0.25",
+    "drift_share": "0.25",
+    "drift_canary_share": "0.25",
 }
 
 
-@pytest.mark.parametrize("name", list(Settings.model_fields))
+SECRET_FILES = {name for name in Settings.model_fields if name.endswith("_file")}
+
+
+@pytest.mark.parametrize("name", sorted(SECRET_FILES))
+def test_a_file_of_secrets_is_a_flag_that_arrives(served, name, tmp_path):
+    (tmp_path / "secret").write_text("redis://elsewhere/0\n")
+    result, settings = served("--" + name.replace("_", "-"), str(tmp_path / "secret"))
+    assert result.exit_code == 0, result.output
+    changed = {n for n in Settings.model_fields if getattr(settings, n) != getattr(Settings(), n)}
+    assert changed == {name, name.removesuffix("_file")}
+
+
+@pytest.mark.parametrize("name", [n for n in Settings.model_fields if n not in SECRET_FILES])
 def test_every_setting_is_a_flag_that_arrives(served, name):
     field = Settings.model_fields[name]
     flag = "--" + name.replace("_", "-")

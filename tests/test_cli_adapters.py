@@ -16,6 +16,8 @@ from manyhats import cli
 from manyhats.api import admin, rollouts
 from manyhats.commands.client import Client
 from manyhats.config import unknown_variables
+from manyhats.engine.no_adapters import NoAdapters
+from manyhats.lifecycle.pins import Pins
 
 KEY = "s3cret"
 
@@ -28,6 +30,7 @@ def served(tmp_path):
             settings=settings_of(admin_api_keys=(SecretStr(KEY),)),
             directory=adapters.service,
             routers=(admin.router, rollouts.router),
+            pins=Pins(adapters.registry, adapters.service.entry, NoAdapters(), bound=1),
         )
         with serving(api.app) as (host, port):
             yield f"http://{host}:{port}", adapters.root, adapters
@@ -91,6 +94,32 @@ def test_a_schedule(run, served):
     assert run("canary", "pirate", "--percent", "0") == "pirate: stable 2\n"
 
 
+def test_a_version_may_be_named_with_its_name(run, served):
+    registered(run, served[1], versions=3)
+    assert run("promote", "pirate@1") == "pirate: stable 1\n"
+    assert run("promote", "pirate@2", 2) == "pirate: stable 2\n"
+    assert run("canary", "pirate@1", "--percent", "5") == "pirate: stable 2, canary 1 (5 %)\n"
+    assert run("rollback", "pirate@3") == "pirate: stable 3\n"
+    assert run("retire", "pirate@1") == "pirate@1 is retired\n"
+    assert run("retire", "pirate@1", "--undo") == "pirate@1 is ready\n"
+    assert "pirate@1 and 2: name one version" in run("promote", "pirate@1", 2, code=1)
+    assert "pirate@1 and baseline: name one" in run("rollback", "pirate@1", "baseline", code=1)
+    assert "which version of pirate?" in run("retire", "pirate", code=1)
+
+
+def test_a_shadow_and_a_pin(run, served):
+    registered(run, served[1])
+    assert run("shadow", "pirate@1", "--percent", "5") == "pirate: stable 2, shadow 1 (5 %)\n"
+    assert run("pin", "pirate") == "pirate: stable 2, shadow 1 (5 %), pinned 2\n"
+    assert "at most 1 (slots - 1): pirate@2" in run("pin", "pirate@1", code=1)
+    shown = run("show", "pirate")
+    assert "shadow, 5 %" in shown
+    assert "stable; pinned" in shown
+    assert run("shadow", "pirate", "--percent", "0") == "pirate: stable 2, pinned 2\n"
+    assert run("unpin", "pirate@2") == "pirate: stable 2\n"
+    assert "has no shadow" in run("shadow", "pirate", "--percent", "5", code=1)
+
+
 def test_an_upload(run, served, tmp_path):
     folder = write_adapter(tmp_path / "elsewhere", 3)
     assert "path_not_allowed" in run("register", "up", folder, code=1)
@@ -111,7 +140,7 @@ def test_json_is_the_servers_answer(run, served):
 
 def test_a_changed_log_is_told(run, served):
     registered(run, served[1])
-    db = served[2].registry._db
+    db = served[2].registry.store._db
     db.execute("DROP TRIGGER audit_keeps_words")
     [seq] = db.execute("SELECT max(seq) FROM audit").fetchone()
     [actor] = db.execute("SELECT actor FROM audit WHERE seq = ?", (seq,)).fetchone()

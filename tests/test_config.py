@@ -94,3 +94,24 @@ def test_unknown_variables_are_found(monkeypatch):
     monkeypatch.setenv("MANYHATS_SLOT", "4")
     monkeypatch.setenv("MANYHATS_SLOTS", "4")
     assert unknown_variables() == ["MANYHATS_SLOT"]
+
+
+def test_secrets_come_from_files_beside_those_given(monkeypatch, tmp_path):
+    (tmp_path / "keys").write_text("two\n\n  three \n")
+    (tmp_path / "url").write_text("redis://elsewhere/0\n")
+    monkeypatch.setenv("MANYHATS_ADMIN_API_KEYS", "one")
+    monkeypatch.setenv("MANYHATS_ADMIN_API_KEYS_FILE", str(tmp_path / "keys"))
+    settings = Settings(redis_url_file=tmp_path / "url", api_keys_file=tmp_path / "keys")
+    assert [k.get_secret_value() for k in settings.admin_api_keys] == ["one", "two", "three"]
+    assert [k.get_secret_value() for k in settings.api_keys] == ["two", "three"]
+    assert settings.redis_url.get_secret_value() == "redis://elsewhere/0"
+
+
+@pytest.mark.parametrize("text", [None, "", " \n", "redis://a\nredis://b\n"])
+def test_a_bad_file_of_secrets_is_refused_and_not_shown(tmp_path, text):
+    file = tmp_path / "url"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValidationError, match="redis_url_file: ") as caught:
+        Settings(redis_url_file=file)
+    assert all("redis://" not in error["msg"] for error in caught.value.errors())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from manyhats import __version__
-from manyhats.commands import adapters
+from manyhats import __version__, cli
+from manyhats.commands import adapters, drift
 from manyhats.config import CLIENT_VARIABLES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,14 +79,27 @@ def test_flags_of_the_server_exist(document):
         name: {opt.removeprefix("--") for p in c.params for opt in (*p.opts, *p.secondary_opts)}
         for name, c in typer.main.get_command(adapters.app).commands.items()
     }
+    own = {
+        name: {opt.removeprefix("--") for p in c.params for opt in p.opts}
+        for name, c in typer.main.get_command(cli.app).commands.items()
+        if name in ("backup", "restore", "gc")
+    }
+    watched = {
+        name: {opt.removeprefix("--") for p in c.params for opt in (*p.opts, *p.secondary_opts)}
+        for name, c in typer.main.get_command(drift.app).commands.items()
+    }
     for piece in code(document):
-        if re.search(r"\bmanyhats (serve|fetch-default|build-kernels)\b", piece):
+        if named := re.search(r"\bmanyhats (backup|restore|gc)\b", piece):
+            assert set(FLAG.findall(piece)) <= own[named[1]], piece
+        elif re.search(r"\bmanyhats (serve|fetch-default|build-kernels)\b", piece):
             assert set(FLAG.findall(piece)) <= served, piece
         elif named := re.search(r"\bmanyhats adapters ([a-z]+)\b", piece):
             assert set(FLAG.findall(piece)) <= remote[named[1]], piece
+        elif named := re.search(r"\bmanyhats drift ([a-z]+)\b", piece):
+            assert set(FLAG.findall(piece)) <= watched[named[1]], piece
         elif piece.startswith("--"):
             (flag, *_) = FLAG.findall(piece)
-            known = served.union(*remote.values())
+            known = served.union(*remote.values(), *own.values(), *watched.values())
             assert flag in known or f'"--{flag}"' in scripts, piece
 
 

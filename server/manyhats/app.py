@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from manyhats.adapters.base_weights import BaseWeights
@@ -25,12 +22,23 @@ from manyhats.adapters.derived import DerivedFile
 from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
-from manyhats.adapters.store import AdapterStore
-from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.adapters.sources.address import AllowList
+from manyhats.api import (
+    admin,
+    collection,
+    drift,
+    evaluations,
+    operations,
+    rollouts,
+    sharing,
+    tenants,
+    usage,
+    vllm,
+)
 from manyhats.api.auth import check_exposure
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
-from manyhats.banner import announce
 from manyhats.config import Settings
 from manyhats.engine.build import Engine, build_engine
 from manyhats.engine.kernels import resolve_kernels
@@ -39,17 +47,19 @@ from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
 from manyhats.errors import ManyhatsError
-from manyhats.lifecycle.loading import load_adapter
-from manyhats.lifecycle.registry import Registry
-from manyhats.lifecycle.schedule import scheduled
+from manyhats.lifecycle.build import open_adapters, open_registry, retention
+from manyhats.lifecycle.loading import checked, load_adapter
 from manyhats.lifecycle.service import AdapterService
+from manyhats.lifecycle.warm import warm
 from manyhats.metrics import LabelCap, Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
+from manyhats.services import Services, open_services
+from manyhats.serving import Listener
 from manyhats.telemetry import logs
 from manyhats.telemetry.build import open_telemetry
 from manyhats.telemetry.build import wanted as telemetry_wanted
 from manyhats.telemetry.loads import LoadLog
-from manyhats.tenancy.build import Tenancy, open_tenancy
+from manyhats.tenancy.build import open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 
@@ -59,6 +69,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNNAMED = Digest("")
+_ROUTES = (
+    admin,
+    collection,
+    drift,
+    evaluations,
+    operations,
+    rollouts,
+    sharing,
+    tenants,
+    usage,
+    vllm,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +91,14 @@ class Application:
     engine: Engine
     adapters: AdapterService
     api: FastAPI
+    readiness: Readiness
     closing: tuple[Callable[[], None], ...]
 
 
 def build(settings: Settings) -> Application:
     """Loads the base and wires the server. Raises ConfigError where a setting cannot work here."""
     check_exposure(settings)
+    AllowList(settings.source_allow)  # a bad entry is told before the base is loaded
     settings.home.mkdir(parents=True, exist_ok=True)
     kernels = resolve_kernels(
         settings.kernels, device=resolve_device(settings.device), home=settings.home
@@ -85,10 +109,10 @@ def build(settings: Settings) -> Application:
     settings = settings.model_copy(update={"threads": threads})
     base = _on_a_passing_thread(partial(load_base, settings, kernels.backend), threads)
     folder = settings.base_folder(base.name)
-    store = AdapterStore(folder / "adapters")
-    file = folder / "registry.sqlite"
-    tenancy = open_tenancy(settings, file)
-    registry = Registry(file, max_versions=settings.max_adapters, access=tenancy.directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    store = open_adapters(settings, base.name)
+    tenancy = open_tenancy(settings, settings.registry_file(base.name))
+    registry = open_registry(settings, base.name, tenancy.directory)
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)
@@ -101,32 +125,57 @@ def build(settings: Settings) -> Application:
         observer=loads or metrics,
         shares=_shares(tenancy.directory),
     )
+    parity = engine.parity
     adapters = AdapterService(
         store=store,
         registry=registry,
-        compile_folder=compile_folder,
+        compile_folder=checked(compile_folder, parity.check) if parity else compile_folder,
         residency=engine.residency or NoAdapters(),
         base_id=base.name,
         roots=settings.adapter_root,
         limits=AdapterLimits.of(settings),
+        retention=retention(settings),
     )
+    services = open_services(settings, folder, engine, registry, adapters, tenancy, metrics)
     tracer = None if loads is None else _tracer(settings, engine, loads)
-    state = ApiState(
+    state = _state(settings, engine, services, metrics, tracer)
+    residency = engine.residency or NoAdapters()
+    hot = partial(
+        warm, state.recent, folder / "hot.json", registry, residency, limit=settings.prefetch_hot
+    )
+    lifespan = partial(_lifespan, state=state, engine=engine, services=services, warmed=hot)
+    api = create_api(state, [module.router for module in _ROUTES], lifespan)
+    traced = () if tracer is None else (tracer.close,)
+    closing = (*traced, *services.closing, registry.close, store.close, tenancy.close)
+    return Application(settings, engine, adapters, api, state.readiness, closing)
+
+
+def _state(
+    settings: Settings,
+    engine: Engine,
+    services: Services,
+    metrics: Metrics,
+    tracer: OtelTracer | None,
+) -> ApiState:
+    """What the routes use."""
+    tenancy, follower = services.tenancy, services.follower
+    return ApiState(
         settings=settings,
         engine=engine.client,
-        adapters=adapters,
+        adapters=services.adapters,
         metrics=metrics,
         grammar=engine.grammars,
         tenants=tenancy.directory,
         limiter=tenancy.limiter,
+        usage=tenancy.usage,
+        evaluations=services.evaluations,
+        operations=services.operations,
+        pins=services.pins,
+        shadows=services.shadows,
+        drift_detection=services.drift,
+        store_reachable=lambda: follower.reachable,
         tracer=tracer,
     )
-    modules = (admin, rollouts, sharing, tenants, usage)
-    lifespan = partial(_lifespan, engine=engine, adapters=adapters, tenancy=tenancy)
-    api = create_api(state, [module.router for module in modules], lifespan)
-    traced = () if tracer is None else (tracer.close,)
-    closing = (*traced, registry.close, store.close, tenancy.close)
-    return Application(settings, engine, adapters, api, closing)
 
 
 def _tracer(settings: Settings, engine: Engine, loads: LoadLog) -> OtelTracer:
@@ -176,12 +225,26 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal again once it has shut down: all is done then, and nothing failed.
     signal.signal(signal.SIGTERM, _ended)
     try:
-        _Server(application).run()
+        _listener(application).run()
     except KeyboardInterrupt:
         logger.info("interrupted; the running requests have ended")
     finally:
         for close in application.closing:
             close()
+
+
+def _listener(application: Application) -> Listener:
+    def names() -> list[str]:
+        return sorted({card.ref.name for card in application.adapters.list(DEFAULT_TENANT)})
+
+    return Listener(
+        application.api,
+        application.settings,
+        engine=application.engine.client,
+        readiness=application.readiness,
+        close_door=application.engine.loop.close_door,
+        names=names,
+    )
 
 
 def register_roots(application: Application) -> None:
@@ -222,59 +285,25 @@ def _compile_folder(
 
 @asynccontextmanager
 async def _lifespan(
-    _app: FastAPI, *, engine: Engine, adapters: AdapterService, tenancy: Tenancy
+    _app: FastAPI,
+    *,
+    state: ApiState,
+    engine: Engine,
+    services: Services,
+    warmed: Callable[[], AbstractAsyncContextManager[None]],
 ) -> AsyncIterator[None]:
     engine.loop.start()
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
     try:
-        with tenancy.directory.keep_fresh():
-            async with scheduled(adapters.rollouts):
-                yield
+        async with services.running(), state.readiness.proving(engine.client), warmed():
+            yield
     finally:
         # uvicorn has waited for the responses already, within the same bound.
         engine.loop.stop()
-        await tenancy.limiter.close()
+        await services.tenancy.limiter.close()
 
 
 def _ended(_signal: int, _frame: FrameType | None) -> None:
     """The default action would kill the process before it has closed its files."""
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which announces its real address and turns away new requests while it
-    drains.
-    """
-
-    def __init__(self, application: Application) -> None:
-        settings = application.settings
-        super().__init__(
-            uvicorn.Config(
-                application.api,
-                host=settings.host,
-                port=settings.port,
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=math.ceil(settings.drain_s),
-                timeout_keep_alive=75,
-            )
-        )
-        self._application = application
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; then says where the server answers."""
-        await super().startup(sockets)
-        if self.started:
-            port = self.servers[0].sockets[0].getsockname()[1]
-            announce(
-                self._application.settings, port, self._application.engine.client, self._names()
-            )
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains; a second Ctrl-C stops at once, as uvicorn's."""
-        self._application.engine.loop.close_door()
-        super().handle_exit(sig, frame)
-
-    def _names(self) -> list[str]:
-        return sorted({c.ref.name for c in self._application.adapters.list(DEFAULT_TENANT)})

@@ -18,9 +18,9 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from manyhats import __version__
-from manyhats.commands import adapters, tenants
+from manyhats.commands import adapters, drift, storage, tenants
 from manyhats.config import Dtype, Settings, unknown_variables
-from manyhats.errors import ConfigError, RequestError
+from manyhats.errors import ConfigError, RequestError, ServiceError
 
 app = typer.Typer(
     name="manyhats",
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(drift.app, name="drift")
 
 
 def _flag(name: str) -> str:
@@ -129,12 +130,12 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
 
 def _guarded(work: Callable[[], None]) -> None:
-    """Runs ``work``; a setting that turns out wrong, or another mistake of the caller's, ends the
-    command with 2 and no traceback.
+    """Runs ``work``; a setting that turns out wrong, another mistake of the caller's, or a store
+    that does not answer ends the command with 2 and no traceback.
     """
     try:
         work()
-    except (ConfigError, RequestError) as error:
+    except (ConfigError, RequestError, ServiceError) as error:
         _fail(error.message)
 
 
@@ -220,6 +221,63 @@ def merge(
         typer.echo(out)
 
     _guarded(run)
+
+
+BaseOption = Annotated[
+    str | None, typer.Option(metavar="<str>", help="Id of the base. [default: the only one]")
+]
+StoreOption = Annotated[
+    Path | None, typer.Option(metavar="<path>", help=_help(Settings.model_fields["store"]))
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<url>", help="The Redis that holds the registry; default: the home folder does."
+    ),
+]
+
+
+def _where(home: Path | None, store: Path | None, redis_url: str | None) -> Settings:
+    given = {"home": home, "store": store, "redis_url": redis_url}
+    return _settings({name: value for name, value in given.items() if value is not None})
+
+
+@app.command("backup")
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
+    base: BaseOption = None,
+    home: HomeOption = None,
+    store: StoreOption = None,
+    redis_url: RedisOption = None,
+) -> None:
+    """Write a base's registry, tenants, usage and adapters to a new folder, or a file *.tar.
+
+    A server may run meanwhile. Every adapter is checked by its digest.
+    """
+    settings = _where(home, store, redis_url)
+    _guarded(lambda: typer.echo(storage.back_up(settings, base, out)))
+
+
+@app.command("restore")
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="BACKUP", show_default=False)],
+    base: BaseOption = None,
+    home: HomeOption = None,
+    store: StoreOption = None,
+    redis_url: RedisOption = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In the place of the registry that is there.")
+    ] = False,
+) -> None:
+    """Put a backup back, into SQLite or Redis, whichever it came from.
+
+    No server may run over them. Every adapter is checked by its digest.
+    """
+    settings = _where(home, store, redis_url)
+    _guarded(lambda: typer.echo(storage.put_back(settings, base, source, replace=replace)))
+
+
+app.command("gc")(storage.gc)
 
 
 @app.command("version")

@@ -2,22 +2,25 @@
 
 ::
 
-    ManyhatsError ├── ConfigError                   500  bad_configuration      a setting is wrong;
-    the server does not start ├── RequestError                  400  invalid_request        the
-    caller's mistake; `param` names the field │   ├── ContextLengthError        400
-    context_length_exceeded │   ├── BodyTooLargeError         413  body_too_large │   ├──
-    ContentTypeError          415  unsupported_content_type │   ├── AuthenticationError       401
-    invalid_api_key │   ├── PermissionDeniedError     403  permission_denied │   ├──
-    ModelNotFoundError        404  model_not_found │   ├── NotFoundError             404
-    not_found │   ├── AdapterRejectedError      400
-    adapter_rejected       `reason` is the machine-readable code │   └── ConflictError 409  conflict
-    └── ServiceError                  503  service_unavailable    the server's state; `retryable` is
-    true
-        ├── QueueFullError            429  queue_full             `retry_after_s` becomes
-        Retry-After ├── QuotaExceededError 429  quota_exceeded      `param` names the quota
-        ├── DrainingError             503  draining ├── AdapterLoadError          503
-        adapter_load_failed    this adapter alone cannot be loaded └── EngineFailedError         500
-        engine_failed          the step that held the request failed
+    ManyhatsError
+    ├── ConfigError                    500  bad_configuration   the server does not start
+    ├── RequestError                   400  invalid_request     the caller's; `param`: the field
+    │   ├── ContextLengthError         400  context_length_exceeded
+    │   ├── BodyTooLargeError          413  body_too_large
+    │   ├── ContentTypeError           415  unsupported_content_type
+    │   ├── AuthenticationError        401  invalid_api_key
+    │   ├── PermissionDeniedError      403  permission_denied
+    │   ├── ModelNotFoundError         404  model_not_found
+    │   ├── NotFoundError              404  not_found
+    │   ├── AdapterRejectedError       400  adapter_rejected    `reason`: the machine-readable code
+    │   └── ConflictError              409  conflict
+    └── ServiceError                   503  service_unavailable `retryable` is true
+        ├── QueueFullError             429  queue_full          `retry_after_s`: Retry-After
+        ├── QuotaExceededError         429  quota_exceeded      `param` names the quota
+        ├── DeadlineExceededError      504  deadline_exceeded   the request's own time is up
+        ├── DrainingError              503  draining
+        ├── AdapterLoadError           503  adapter_load_failed this adapter alone
+        └── EngineFailedError          500  engine_failed       the step that held the request
 
 A class carries its HTTP status, its code, whether the same call may succeed later, and the ``type``
 of OpenAI's error shape. ``message`` is written for the caller: it names the field and the bound.
@@ -123,7 +126,8 @@ class AdapterRejectedError(RequestError):
     ``unsupported_site``, ``no_module_matched``, ``unused_tensors``, ``missing_tensors``,
     ``shape_mismatch``, ``rank_too_large``, ``unsupported_dtype``, ``non_finite``, ``bad_header``,
     ``bad_config``, ``pickle_refused``, ``too_large``, ``path_not_allowed``, ``missing_file``,
-    ``cannot_compose``, ``cannot_merge``.
+    ``cannot_compose``, ``cannot_merge``, ``parity_mismatch``, ``bad_source``,
+    ``source_not_allowed``, ``source_refused``, ``source_unavailable``, ``digest_mismatch``.
     """
 
     code = "adapter_rejected"
@@ -162,6 +166,14 @@ class QuotaExceededError(ServiceError):
     status = 429
     code = "quota_exceeded"
     type = "rate_limit_error"
+
+
+class DeadlineExceededError(ServiceError):
+    """The request was not done in the time that it was given."""
+
+    status = 504
+    code = "deadline_exceeded"
+    type = "timeout_error"
 
 
 class DrainingError(ServiceError):

@@ -24,7 +24,8 @@ BASE_SLOT: Final = -1
 class AdapterRef:
     """An immutable adapter version, as a request is resolved to it.
 
-    ``virtual_tokens`` come before every prompt of its requests, inside the engine alone.
+    ``virtual_tokens`` come before every prompt of its requests, inside the engine alone (of an
+    ensemble: the most that a member has).
     ``composition`` is set where it consists of other versions. One that was named in a request
     alone has the version 0 and is called by its members: ``weighted(a@1:0.7,b@2:0.3)``.
     """
@@ -45,24 +46,53 @@ class AdapterRef:
             return self.name
         return f"({self.composition.kind.value})"
 
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether its members answer together, each in a lane of its own."""
+        return self.composition is not None and self.composition.kind is CompositionKind.ENSEMBLE
+
+    @property
+    def lanes(self) -> tuple[AdapterRef | None, ...]:
+        """What each lane of a sequence wears (None: the base): a lane for each member of an
+        ensemble, else one.
+        """
+        whole = self.composition
+        if whole is None or not self.is_ensemble:
+            return (self,)
+        return tuple(member if member.digest else None for member in whole.members)
+
 
 class CompositionKind(enum.Enum):
-    """How several adapters are worn as one; ``adapters/compose.py`` defines the arithmetic."""
+    """How several adapters answer as one; ``adapters/compose.py`` defines the arithmetic of those
+    that are worn as one, ``engine/ensembles.py`` that of ensembles.
+    """
 
     STACK = "stack"
     WEIGHTED = "weighted"
+    ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """Several adapter versions worn as one. ``weights``: one a member of a weighted sum, else none.
+    """Several adapter versions as one. ``weights``: one a member where they were given, else none.
 
-    A stack's members are in the order in which they act, a weighted sum's in that of their digests.
+    A stack's members are in the order in which they act, the others' in that of their digests. An
+    ensemble's may be compositions themselves, no ensembles, and one may be the bare base, which has
+    no digest.
     """
 
     kind: CompositionKind
     members: tuple[AdapterRef, ...]
     weights: tuple[float, ...] = ()
+
+
+class Priority(enum.Enum):
+    """Who goes first. Background work (evaluations, probes, comparisons) runs in what live requests
+    leave: ``scheduler/background.py`` says how.
+    """
+
+    NORMAL = "normal"
+    BACKGROUND = "background"
 
 
 class GrammarKind(enum.Enum):
@@ -114,7 +144,10 @@ class GenerationRequest:
     """One request as the API hands it to the engine: bounded, validated, resolved, tokenized.
 
     ``params`` holds one entry a choice (``n`` of them, seeds differing). ``adapter`` None: the bare
-    base. ``arrival`` is in seconds of the monotonic clock.
+    base. ``arrival`` is in seconds of the monotonic clock, and so is ``deadline``, at which the
+    request ends with an error unless it is done; None: never. ``urgency`` orders a tenant's own
+    waiting requests, the highest first. Where ``prompt_logprobs`` asks for scores, it is the
+    prompt's tokens from the index ``scores_from`` on (at least 1) that get them.
     """
 
     request_id: str
@@ -123,6 +156,10 @@ class GenerationRequest:
     params: tuple[SamplingParams, ...]
     adapter: AdapterRef | None
     arrival: float
+    priority: Priority = Priority.NORMAL
+    scores_from: int = 1
+    deadline: float | None = None
+    urgency: int = 0
 
 
 class FinishReason(enum.Enum):
@@ -182,14 +219,19 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``prompt_len``, ``token_ids`` (a placeholder for each of
-    the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
+    ``params``, ``adapter``, ``arrival``, ``priority``, ``deadline``, ``urgency``, ``scores_from``
+    (an index into the prompt's own tokens), ``prompt_len``, ``token_ids`` (a placeholder for each
+    of the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
     loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
     admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
     cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
     cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
     blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``admitted_at``
     (first time), ``first_token_at``, ``last_token_at`` (seconds, monotonic).
+
+    A choice of an ensemble has ``lanes``, one a member, which are computed side by side: each a
+    sequence with tokens, blocks, slot and lease of its own and ``whole`` pointing back. The choice
+    itself then holds the prompt and the outputs alone; it waits, runs and ends with all its lanes.
     """
 
     id: int
@@ -201,6 +243,8 @@ class Sequence:
     arrival: float
     prompt_len: int
     token_ids: list[int]
+    priority: Priority = Priority.NORMAL
+    scores_from: int = 1
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = BASE_SLOT
     num_computed: int = 0
@@ -211,6 +255,25 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     admitted_at: float | None = None
+    deadline: float | None = None
+    urgency: int = 0
+    lanes: tuple[Sequence, ...] = ()
+    whole: Sequence | None = None
+
+    @property
+    def computed(self) -> tuple[Sequence, ...]:
+        """What the model computes for it: its lanes, or itself."""
+        return self.lanes or (self,)
+
+    @property
+    def ticket(self) -> int:
+        """Its age: the id, of a lane that of the whole, so that all lanes are of one age."""
+        return self.id if self.whole is None else self.whole.id
+
+    @property
+    def left(self) -> int:
+        """Known tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed
 
     @property
     def output_len(self) -> int:
@@ -218,9 +281,14 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def background(self) -> bool:
+        """Whether it only runs in what live requests leave."""
+        return self.priority is Priority.BACKGROUND
+
+    @property
     def virtual_tokens(self) -> int:
         """Placeholders before the prompt's own tokens."""
-        return self.adapter.virtual_tokens if self.adapter is not None else 0
+        return self.adapter.virtual_tokens if self.adapter is not None and not self.lanes else 0
 
     @property
     def cached_prompt_tokens(self) -> int:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhats.adapters.store import MAX_CONFIG_BYTES, AdapterStore, manifest_bytes
+from manyhats.adapters.staging import MAX_CONFIG_BYTES, manifest_bytes
+from manyhats.adapters.store import AdapterStore
 from manyhats.errors import AdapterLoadError, AdapterRejectedError, ConfigError, ServiceError
 from manyhats.types import Digest
 
@@ -34,8 +35,14 @@ def commit(store: AdapterStore, config: bytes = b"{}", weights: bytes = b"w") ->
         return store.commit(staging)
 
 
+def left_over(tmp_path: Path) -> list[str]:
+    """What lies in the processes' temporary folders beside their locks."""
+    found = (tmp_path / "store" / "tmp").glob("*/*")
+    return sorted(path.name for path in found if path.name != "lock")
+
+
 def nothing_left(store: AdapterStore, tmp_path: Path) -> bool:
-    return store.list() == [] and list((tmp_path / "store" / "tmp").iterdir()) == []
+    return store.list() == [] and left_over(tmp_path) == []
 
 
 def test_the_digest_is_the_sha256_of_the_canonical_description(store, tmp_path):
@@ -62,7 +69,7 @@ def test_the_same_content_again_is_the_same_version(store, tmp_path):
     assert commit(store) == first
     assert store.path(first).stat().st_ino == inode
     assert store.list() == [first]
-    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+    assert left_over(tmp_path) == []
 
 
 def test_a_damaged_version_is_replaced_by_a_new_commit(store):
@@ -155,9 +162,41 @@ def test_a_restart_removes_what_a_killed_process_left(tmp_path):
     again.close()
 
 
-def test_one_process_owns_the_folder(store, tmp_path):
-    with pytest.raises(ConfigError, match="in use by another server"):
-        AdapterStore(tmp_path / "store")
+def test_processes_share_the_folder_and_leave_what_another_writes(store, tmp_path):
+    with store.stage(BOUND) as staging:
+        staging.write(CONFIG, b"{}")
+        other = AdapterStore(tmp_path / "store")
+        staging.write(WEIGHTS, b"w")
+        assert commit(other) == store.commit(staging), "the slower one finds it done"
+    assert other.list() == store.list()
+    other.close()
+    assert len(list((tmp_path / "store" / "tmp").iterdir())) == 1, "the other's own is gone"
+
+
+def test_removing_waits_for_those_who_add(store, tmp_path):
+    """Two adders at once; the remover comes in when both have gone."""
+    other, inside, order = AdapterStore(tmp_path / "store"), threading.Event(), []
+
+    def remove():
+        inside.set()
+        with other.removing():
+            order.append("removing")
+
+    with store.adding(), other.adding():
+        thread = threading.Thread(target=remove)
+        thread.start()
+        assert inside.wait(30)
+        order.append("added")
+    thread.join()
+    assert order == ["added", "removing"]
+    other.close()
+
+
+def test_a_folder_belongs_to_one_registry(store):
+    store.claim("one")
+    store.claim("one")
+    with pytest.raises(ConfigError, match="of another registry"):
+        store.claim("two")
 
 
 def test_lengths_are_checked_when_a_version_is_asked_for(store):
@@ -185,7 +224,7 @@ def test_delete_removes_and_says_whether_it_did(store, tmp_path):
     assert not store.delete(digest)
     with pytest.raises(AdapterLoadError, match="not in the store"):
         store.path(digest)
-    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+    assert left_over(tmp_path) == []
 
 
 @pytest.mark.parametrize("digest", ["", "..", "../" * 20, "A" * 64, "0" * 63, "0" * 64 + "\n"])
@@ -224,7 +263,7 @@ def test_threads_that_commit_the_same_content_agree(store, tmp_path):
     assert store.list() == sorted(set(digests))
     assert len(set(digests)) == 1
     store.verify(digests[0])
-    assert list((tmp_path / "store" / "tmp").iterdir()) == []
+    assert left_over(tmp_path) == []
 
 
 @settings(max_examples=25)

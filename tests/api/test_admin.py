@@ -19,12 +19,15 @@ from support.adapter_service import (
     weights_bytes,
     write_adapter,
 )
+from support.fake_engine import FakeEngine
 
-from manyhats.api import admin, rollouts
+from manyhats.api import admin, rollouts, vllm
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineStats, ResidentAdapter
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.evaluation.store import EvaluationStore
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
 from manyhats.types import DEFAULT_TENANT
@@ -43,6 +46,12 @@ class Server:
             engine=SimpleNamespace(stats=self.stats),
             adapters=adapters.service,
             tenants=TenantDirectory(SqliteTenantStore(":memory:")),
+            evaluations=EvaluationService(
+                FakeEngine(),
+                adapters.service,
+                EvaluationStore(adapters.home / "evaluations"),
+                lambda *_: None,
+            ),
         )
         self.app.add_middleware(
             BodyLimitMiddleware, json_bytes=4096, upload_bytes=MAX_BYTES + UPLOAD_SLACK
@@ -50,6 +59,7 @@ class Server:
         install_handlers(self.app)
         self.app.include_router(admin.router)
         self.app.include_router(rollouts.router)
+        self.app.include_router(vllm.router)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -456,12 +466,12 @@ def test_a_load_that_fails_is_no_success(server):
 def test_every_route_needs_the_admin_role(adapters):
     server = Server(adapters, Settings(api_keys=("user",), admin_api_keys=("admin",)))
     routes = [
-        (method, route.path.replace("{name}", "a"))
-        for router in (admin.router, rollouts.router)
+        (method, route.path.format(name="a", version=1))
+        for router in (admin.router, rollouts.router, vllm.router)
         for route in router.routes
         for method in route.methods
     ]
-    assert len(routes) == 14
+    assert len(routes) == 18
     for method, path in routes:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             headers = {} if key is None else {"authorization": f"Bearer {key}"}

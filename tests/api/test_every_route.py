@@ -8,7 +8,18 @@ import pytest
 from fastapi import APIRouter
 from support.api import Api, settings_of
 
-from manyhats.api import admin, rollouts, sharing, tenants, usage
+from manyhats.api import (
+    admin,
+    collection,
+    drift,
+    evaluations,
+    operations,
+    rollouts,
+    sharing,
+    tenants,
+    usage,
+    vllm,
+)
 from manyhats.api.auth import OPEN_ROUTES, needed_role
 from manyhats.tenancy.model import Role, Tenant
 
@@ -29,7 +40,18 @@ async def new_route() -> str:
 
 def make(**settings) -> tuple[Api, dict[Role, str]]:
     """The whole application, two routes whose author thought of nothing, and a key of each role."""
-    own = (admin, rollouts, sharing, tenants, usage)
+    own = (
+        admin,
+        collection,
+        drift,
+        evaluations,
+        operations,
+        rollouts,
+        sharing,
+        tenants,
+        usage,
+        vllm,
+    )
     routers = [*(module.router for module in own), forgetful]
     api = Api(settings=settings_of(**KEYS, **settings), routers=routers)
     api.tenants.create(Tenant(id="acme"))
@@ -105,6 +127,7 @@ def test_every_admin_route_is_refused_with_a_lesser_role():
         ("/admin/tenants/{tenant}/keys", Role.ADMIN),
         ("/admin/keys/{key}", Role.ADMIN),
         ("/admin/audit", Role.ADMIN),
+        ("/admin/gc", Role.ADMIN),
         ("/admin/adapters", Role.OPERATOR),
         ("/admin/adapters/{name}/canary", Role.OPERATOR),
         ("/admin/tenantsandmore", Role.OPERATOR),

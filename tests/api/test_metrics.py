@@ -4,10 +4,8 @@ import re
 import threading
 from dataclasses import replace
 
-import pytest
 from support.fake_engine import FakeEngine
 
-import manyhats.metrics
 from manyhats.engine.interface import EngineObserver, EngineStats
 from manyhats.metrics import LabelCap, Metrics
 from manyhats.types import FinishReason
@@ -40,8 +38,21 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.http("/v1/models", "GET", 200)
     metrics.used("acme", 10, 3)
     metrics.refused("acme", "max_tokens")
+    metrics.shadow.ran("pirate", 3, 0.5, 0.75, 1.25)
+    metrics.lifecycle.evaluated("pirate", {"general_divergence": 0.5}, True)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
+    metrics.drift.scored("pirate", "kl", 0.5)
+    metrics.drift.compared("pirate", "kl", psi=0.1, ks=0.2)
+    metrics.drift.e_value("pirate", "kl", 1.0)
+    metrics.drift.against_base("pirate", kl=0.3, agreement=0.9)
+    metrics.drift.reference("pirate", 300)
+    metrics.drift.stale("pirate", False)
+    metrics.drift.sampled("pirate", "finished")
+    metrics.drift.dropped("queue")
+    metrics.drift.alarm("pirate", "kl")
+    metrics.drift.action("pirate", "rollback")
+    metrics.drift.feedback("pirate", "positive")
     return metrics
 
 
@@ -168,52 +179,29 @@ def test_the_observer_is_safe_for_threads():
     seen = samples(metrics)
     ended = [v for n, v in seen.items() if n.startswith("manyhats_requests_total") and "stop" in n]
     assert sum(ended) == 2000
-    assert len(ended) == 5
+    assert len(ended) == 6  # four of their own, `other`, and `base`, which starts at zero
 
 
 def test_no_creation_times():
     assert not any(re.search(r"_created(\{|$)", name) for name in samples(full()))
 
 
-def table() -> dict[str, tuple[str, set[str]]]:
-    """The docstring's table: series to (type, labels)."""
-    doc = manyhats.metrics.__doc__ or ""
-    columns = [
-        (m.start(), m.end()) for m in re.finditer("=+", doc[doc.index("====") :].split("\n")[0])
-    ]
-    found = {}
-    for line in doc.split("\n"):
-        if not line.startswith(("manyhats_", "vllm:")):
-            continue
-        names, kind, labels = (line[a:b].strip() for a, b in columns[:3])
-        first, *others = [name.strip() for name in names.split(",")]
-        prefix = "vllm:num_requests" if first.startswith("vllm") else "manyhats"
-        shown = {label.strip() for label in labels.split(",") if label.strip()}
-        for name in (first, *(prefix + other for other in others)):
-            found[name] = (kind, shown)
-    return found
+ROW = re.compile(r"^\| `([^`]+)` \| (\w+) \| ([^|]*)\| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 
 
-DESCRIBED_BELOW = {
-    "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
-    "vllm:cache_config_info": {"block_size", "num_gpu_blocks"},
-}
-
-
-def test_the_table_in_the_docstring_is_the_truth():
+def test_the_page_of_metrics_is_the_truth(repository):
+    """docs/metrics.md and the registry, both ways: names, types, labels; a unit and a meaning."""
+    rows = ROW.findall((repository / "docs" / "metrics.md").read_text("utf-8"))
     described = {
-        name: (kind, DESCRIBED_BELOW.get(name, labels)) for name, (kind, labels) in table().items()
+        name: (kind, set(re.findall("`(.*?)`", labels))) for name, kind, labels, *_ in rows
     }
+    assert len(described) == len(rows)
+    assert all(unit.strip() and meaning.strip() for *_, unit, meaning in rows)
+    metrics = full()
+    metrics.watch_server("1", lambda: True, lambda: {"tenants": True})
     real = {}
-    for family in full().registry.collect():
+    for family in metrics.registry.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = {k for sample in family.samples for k in sample.labels if k != "le"}
         real[name] = (family.type, labels)
     assert described == real
-
-
-@pytest.mark.parametrize("name", sorted(DESCRIBED_BELOW))
-def test_labels_described_below_the_table(name):
-    assert all(
-        f"``{label}``" in (manyhats.metrics.__doc__ or "") for label in DESCRIBED_BELOW[name]
-    )

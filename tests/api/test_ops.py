@@ -1,10 +1,14 @@
 """Liveness, readiness, version, metrics."""
 
+import anyio
 import pytest
 from support.api import Api, settings_of
 from support.fake_engine import FakeEngine
 
 import manyhats
+from manyhats.api import readiness
+from manyhats.api.readiness import Readiness
+from manyhats.errors import EngineFailedError, QueueFullError
 
 
 def test_ready():
@@ -31,6 +35,66 @@ def test_not_ready_is_503_with_the_reason_while_the_process_lives():
     assert api.get("/health").status_code == 503
     assert api.get("/healthz").status_code == 200
     assert api.get("/healthz").json() == {"status": "ok"}
+
+
+def test_startup_liveness_and_readiness_are_three_things():
+    """(startup, liveness, readiness, vLLM's readiness), from the start to the end."""
+    api = Api(readiness=Readiness())
+
+    def told() -> tuple[int, ...]:
+        paths = ("/startupz", "/healthz", "/readyz", "/health")
+        return tuple(api.get(path).status_code for path in paths)
+
+    assert told() == (503, 200, 503, 503)
+    assert api.get("/startupz").json()["reason"] == "the base has not answered its probe yet"
+    assert api.series()["manyhats_ready"] == 0
+    anyio.run(api.readiness.prove, api.engine)
+    assert told() == (200, 200, 200, 200)
+    assert api.series()["manyhats_ready"] == 1
+    api.readiness.drain()
+    assert told() == (200, 200, 503, 503)
+    assert "draining" in api.get("/readyz").json()["reason"]
+    assert api.complete().status_code == 200  # what still comes is served until the door closes
+    api.engine.ready, api.engine.failed = False, True
+    assert told() == (200, 503, 503, 503)
+    assert "defect" in api.get("/healthz").json()["status"]
+
+
+def test_the_probe_is_one_greedy_token_of_the_base():
+    api = Api(readiness=Readiness())
+    anyio.run(api.readiness.prove, api.engine)
+    (request,) = api.engine.requests
+    assert request.adapter is None
+    assert [(p.max_tokens, p.temperature) for p in request.params] == [(1, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        ({"refuse": QueueFullError("no room", retry_after_s=1.0)}, "no room"),
+        ({"error": EngineFailedError("no numbers"), "error_after": 0}, "no numbers"),
+    ],
+)
+def test_a_base_that_does_not_answer_is_asked_again(trouble, words, monkeypatch):
+    api = Api(readiness=Readiness(), engine=FakeEngine(**trouble))
+    seen = []
+
+    async def mend(_seconds: float) -> None:
+        seen.append(api.readiness.reason(api.engine))
+        if len(seen) == 2:
+            api.engine.refuse = api.engine.error = None
+
+    monkeypatch.setattr(readiness.anyio, "sleep", mend)
+    anyio.run(api.readiness.prove, api.engine)
+    assert seen == [f"the base has not answered its probe: {words}"] * 2
+    assert api.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("-inf")])
+def test_a_base_that_answers_with_no_number_is_not_ready(score, monkeypatch):
+    monkeypatch.setattr("support.fake_engine.logprob_of", lambda _token: score)
+    with pytest.raises(EngineFailedError, match="log-probabilities"):
+        anyio.run(readiness.probe, FakeEngine())
 
 
 def test_version():

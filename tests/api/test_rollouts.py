@@ -12,6 +12,7 @@ from support.api import Api, assert_error, settings_of
 from manyhats.api import admin, rollouts
 from manyhats.lifecycle.audit import broken_link
 from manyhats.lifecycle.routes import RouteHint, Side
+from manyhats.tenancy.model import Role
 
 
 class Routed(Api):
@@ -218,6 +219,29 @@ def test_a_request_sticks_by_its_user_else_its_key_else_not_at_all():
     assert one.sticky
     assert one != two
     assert hint(keyed, {"authorization": "Bearer two"}, user="ada") == ada
+
+
+def test_a_canary_sticks_to_the_issued_key_and_the_log_names_who_started_it(adapters):
+    settings = settings_of(admin_api_keys=(SecretStr("root"),))
+    routers = (admin.router, rollouts.router)
+    api = Routed(settings=settings, directory=adapters.service, routers=routers)
+    record, key = api.tenants.issue("default", Role.OPERATOR, note="olga")
+    olga = {"authorization": f"Bearer {key}"}
+    for seed in range(2):
+        body = {"name": "a", "path": str(write_adapter(adapters.root / str(seed), seed))}
+        assert api.post("/admin/adapters", body, headers=olga).status_code == 201
+    body = {"version": 1, "percent": 50, "reason": "a look"}
+    assert api.post("/admin/adapters/a/canary", body, headers=olga).status_code == 200
+
+    issued = [api.tenants.issue("default", Role.TENANT)[1] for _ in range(24)]
+    served = [
+        {api.served(headers={"authorization": f"Bearer {key}"}) for _ in range(3)} for key in issued
+    ]
+    assert {len(one) for one in served} == {1}, "a key stays on its side"
+    assert set.union(*served) == {"a@1", "a@2"}
+    log = api.get("/admin/audit", headers={"authorization": "Bearer root"}).json()["data"]
+    assert {entry["actor"] for entry in log} == {f"default/operator/{record.id}"}
+    assert (log[-1]["action"], log[-1]["reason"]) == ("canary", "a look")
 
 
 @pytest.mark.parametrize("value", ["", "canari", "canary, stable"])

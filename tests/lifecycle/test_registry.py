@@ -170,7 +170,7 @@ def test_names_that_are_not(registry, name):
 def test_reads_touch_no_disk(registry):
     add(registry, "a", 1)
     calls = []
-    registry._db.set_trace_callback(calls.append)
+    registry.store._db.set_trace_callback(calls.append)
     assert resolve(registry, "a", DEFAULT_TENANT) is not None
     assert resolve(registry, "b", DEFAULT_TENANT) is None
     registry.list(DEFAULT_TENANT)
@@ -181,20 +181,20 @@ def test_reads_touch_no_disk(registry):
 
 
 def test_commits_wait_for_the_disk(registry):
-    assert registry._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert registry._db.execute("PRAGMA synchronous").fetchone() == (2,), "2 is FULL"
+    assert registry.store._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert registry.store._db.execute("PRAGMA synchronous").fetchone() == (2,), "2 is FULL"
 
 
 def test_a_write_that_fails_changes_nothing(path):
     registry = Registry(path, max_versions=5)
     add(registry, "a", 1)
-    registry._db.execute("PRAGMA query_only = ON")
+    registry.store._db.execute("PRAGMA query_only = ON")
     with pytest.raises(ServiceError, match="the registry cannot be written"):
         add(registry, "a", 2)
     with pytest.raises(ServiceError, match="the registry cannot be written"):
         registry.delete("a")
     assert [str(r.ref) for r in registry.list(DEFAULT_TENANT)] == ["a@1"]
-    registry._db.execute("PRAGMA query_only = OFF")
+    registry.store._db.execute("PRAGMA query_only = OFF")
     assert add(registry, "a", 3).version == 2
     registry.close()
 
@@ -262,7 +262,7 @@ def test_a_newer_format_is_refused(path):
         db.execute("PRAGMA user_version = 99")
     db.close()
     for _ in range(2):
-        with pytest.raises(ConfigError, match="has format 99, this server knows 4"):
+        with pytest.raises(ConfigError, match="has format 99, this server knows 5"):
             Registry(path, max_versions=5)
 
 

@@ -308,7 +308,7 @@ def test_a_changed_missing_or_moved_entry_breaks_the_chain(adapters, rollouts, f
 def test_the_log_is_only_added_to(adapters, rollouts, sql):
     before = log(adapters)
     with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-        adapters.registry._db.execute(sql)
+        adapters.registry.store._db.execute(sql)
     assert log(adapters) == before
 
 

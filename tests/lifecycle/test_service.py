@@ -161,7 +161,7 @@ def test_the_bases_name_is_taken(adapters):
 
 def test_a_registry_that_cannot_be_written_leaves_no_bytes(adapters):
     kept = register(adapters, "kept", 1)
-    adapters.registry._db.execute("PRAGMA query_only = ON")
+    adapters.registry.store._db.execute("PRAGMA query_only = ON")
     with pytest.raises(ServiceError):
         register(adapters, "a", 2)
     with pytest.raises(ServiceError):

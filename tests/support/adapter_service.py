@@ -22,8 +22,10 @@ from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
 from manyhats.adapters.store import AdapterStore
 from manyhats.lifecycle.access import Access
+from manyhats.lifecycle.collector import Retention
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.service import AdapterService
+from manyhats.lifecycle.store_redis import RedisRegistryStore
 from manyhats.types import AdapterRef, Digest
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -103,21 +105,36 @@ class Adapters:
     service: AdapterService
 
     def leftovers(self) -> list[Path]:
-        """What lies in the store's temporary folder."""
-        return sorted((self.home / "store" / "tmp").iterdir())
+        """What lies in the store's temporary folders beside their processes' locks."""
+        found = (self.home / "store" / "tmp").glob("*/*")
+        return sorted(path for path in found if path.name != "lock")
 
 
 @contextmanager
 def open_adapters(
-    home: Path, *, max_versions: int = 100, access: Access | None = None
+    home: Path,
+    *,
+    max_versions: int = 100,
+    access: Access | None = None,
+    redis_url: str | None = None,
+    retention: Retention | None = None,
+    store: AdapterStore | None = None,
+    registry: Registry | None = None,
 ) -> Iterator[Adapters]:
-    """The service over ``home``; closed at the end, so that it can be opened again."""
+    """The service over ``home``; closed at the end, so that it can be opened again.
+
+    The registry lies there too, or in the Redis at ``redis_url``; or both are given, and left open.
+    """
     root = home / "allowed"
     root.mkdir(parents=True, exist_ok=True)
-    store = AdapterStore(home / "store")
-    registry = Registry(
-        home / "registry.sqlite", max_versions=max_versions, clock=lambda: 1234.5, access=access
-    )
+    closing = []
+    if store is None:
+        store = AdapterStore(home / "store")
+        closing.append(store.close)
+    if registry is None:
+        kept = RedisRegistryStore(redis_url, BASE_ID) if redis_url else home / "registry.sqlite"
+        registry = Registry(kept, max_versions=max_versions, clock=lambda: 1234.5, access=access)
+        closing.append(registry.close)
     residency = RecordingResidency()
     try:
         service = AdapterService(
@@ -128,8 +145,9 @@ def open_adapters(
             base_id=BASE_ID,
             roots=[root],
             limits=LIMITS,
+            retention=retention,
         )
         yield Adapters(home, root, store, registry, residency, service)
     finally:
-        registry.close()
-        store.close()
+        for close in closing:
+            close()

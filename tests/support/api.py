@@ -16,8 +16,14 @@ from fastapi import APIRouter, FastAPI
 from support.fake_engine import FakeDirectory, FakeEngine, FakeGrammar
 
 from manyhats.api.factory import create_api
+from manyhats.api.readiness import Readiness
+from manyhats.api.shadows import Shadows
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
+from manyhats.drift.build import Drift
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.operations import Operations
+from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
 from manyhats.telemetry.record import Tracer
 from manyhats.tenancy.directory import TenantDirectory
@@ -40,10 +46,16 @@ class Api:
     grammar: FakeGrammar = field(default_factory=FakeGrammar)
     metrics: Metrics = field(default_factory=lambda: Metrics(10, clock=lambda: 1234.5))
     routers: Sequence[APIRouter] = ()
+    drift: Drift | None = None
     tenants: TenantDirectory = field(
         default_factory=lambda: TenantDirectory(SqliteTenantStore(":memory:"))
     )
 
+    evaluations: EvaluationService | None = None
+    operations: Operations | None = None
+    pins: Pins | None = None
+    shadows: Shadows | None = None
+    readiness: Readiness = field(default_factory=lambda: Readiness(proven=True))
     tracer: Tracer | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +67,12 @@ class Api:
                 self.metrics,
                 self.grammar,
                 self.tenants,
+                readiness=self.readiness,
+                drift_detection=self.drift,
+                evaluations=self.evaluations,
+                operations=self.operations,
+                pins=self.pins,
+                shadows=self.shadows,
                 tracer=self.tracer,
             ),
             self.routers,

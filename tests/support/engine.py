@@ -26,6 +26,7 @@ from manyhats.types import (
     FinishReason,
     GenerationRequest,
     OutputDelta,
+    Priority,
     SamplingParams,
     TenantId,
     TokenLogprob,
@@ -105,9 +106,11 @@ class LocalEngine:
         *choices: SamplingParams,
         adapter: str | AdapterRef | None = None,
         tenant: str = DEFAULT_TENANT,
+        priority: Priority = Priority.NORMAL,
+        timeout_s: float | None = None,
     ) -> str:
         self._ids += 1
-        request_id = f"r{self._ids}"
+        request_id, now = f"r{self._ids}", time.monotonic()
         self._outputs[request_id] = [Output() for _ in choices]
         self.engine.loop.submit(
             GenerationRequest(
@@ -116,7 +119,9 @@ class LocalEngine:
                 tuple(prompt),
                 tuple(choices),
                 self.ref(adapter) if isinstance(adapter, str) else adapter,
-                time.monotonic(),
+                now,
+                priority,
+                deadline=None if timeout_s is None else now + timeout_s,
             )
         )
         return request_id
@@ -199,4 +204,5 @@ def assert_at_rest(engine: LocalEngine) -> None:
     """Nothing runs, waits, or holds a block or a lease."""
     stats = engine.engine.client.stats()
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+    assert (stats.background_running, stats.background_waiting) == (0, 0)
     assert [r for r in stats.resident if r.leases] == []

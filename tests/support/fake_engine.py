@@ -10,7 +10,14 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from manyhats.engine.interface import ChatTemplateError, EngineStats, ModelInfo, ResidentAdapter
+from manyhats.engine.interface import (
+    ChatTemplateError,
+    CompareRequest,
+    EngineStats,
+    LaneScores,
+    ModelInfo,
+    ResidentAdapter,
+)
 from manyhats.errors import ManyhatsError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.routes import RouteHint
@@ -81,6 +88,7 @@ class FakeEngine:
 
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     ready: bool = True
+    failed: bool = False
     refuse: ManyhatsError | None = None
     error: ManyhatsError | None = None
     error_after: int = 3
@@ -90,6 +98,7 @@ class FakeEngine:
     abort_after: int | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    compared: list[CompareRequest] = field(default_factory=list)
     hanging: asyncio.Event | None = None
     live: int = 0
 
@@ -159,6 +168,31 @@ class FakeEngine:
             self.live -= 1
             if not done:
                 self.aborted.append(request.request_id)
+
+    max_compared_tokens = 64
+
+    async def compare(self, request: CompareRequest) -> tuple[LaneScores, ...]:
+        """The base and first versions know every answer; others are sure of something else."""
+        await asyncio.sleep(0)
+        self.compared.append(request)
+        answer = request.token_ids[request.answer_start :]
+        lanes = []
+        for number, adapter in enumerate(request.adapters):
+            wrong = adapter is not None and adapter.version > 1
+            other = wrong != (request.adapters[0] is not None and request.adapters[0].version > 1)
+            lanes.append(
+                LaneScores(
+                    adapter,
+                    tuple(-9.0 if wrong else -0.5 for _ in answer),
+                    tuple(0 if wrong else token for token in answer),
+                    tuple(0.75 for _ in answer),
+                    tuple(1.0 for _ in answer),
+                    tuple(8.0 if other else 0.0 for _ in answer) if number else (),
+                    tuple(not other for _ in answer) if number else (),
+                    (0.0,),
+                )
+            )
+        return tuple(lanes)
 
     def _length(self, request: GenerationRequest, params: SamplingParams) -> int:
         return min(len(reply_of(request.adapter, params).encode()) + 1, params.max_tokens)

@@ -7,16 +7,19 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from manyhats.config import Settings
 
 _ADDRESS = re.compile(r" at (http://\S+)$", re.MULTILINE)
 
@@ -59,6 +62,7 @@ class Server:
 @contextmanager
 def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[Server]:
     """``python -m manyhats serve`` on a free port, once it answers; ended by SIGTERM afterwards."""
+    share_kernels(home)
     command = [
         sys.executable,
         "-m",
@@ -70,12 +74,35 @@ def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[
         str(home),
         *flags,
     ]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with running_command(command, env, timeout=timeout) as server:
+        yield server
+
+
+def share_kernels(home: Path) -> None:
+    """Gives a home the kernels that `make test` has compiled: a compiler takes ten seconds."""
+    kernels = Settings().home / "kernels"
+    if kernels.is_dir() and not (home / "kernels").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "kernels").symlink_to(kernels, target_is_directory=True)
+
+
+@contextmanager
+def running_command(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    cwd: Path | None = None,
+    timeout: float = 240.0,
+) -> Iterator[Server]:
+    """A command that serves, with that environment and no other, once it answers."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=env,
+        cwd=cwd,
     )
     output: list[str] = []
     found = threading.Event()
@@ -103,6 +130,13 @@ def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[
             process.kill()
         reader.join(10)
         process.stdout.close()
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def demo_flags(repository: Path) -> Sequence[str]:

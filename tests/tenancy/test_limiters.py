@@ -174,9 +174,11 @@ def test_without_redis_each_server_keeps_its_own_account_and_says_so(caplog):
 
     async def story():
         limiter = RedisLimiter("redis://127.0.0.1:1/0", clock=Clock())
+        assert limiter.reachable
         answers = [await limiter.admit("t", f"r{i}", quotas, 1) for i in range(3)]
         await limiter.start("t", "r0")
         await limiter.settle("t", "r0", quotas, 1)
+        assert not limiter.reachable
         await limiter.close()
         return [answer is None for answer in answers]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,9 @@ _FORMAT: Final = "1"
 """Changed when what is computed under a name changes."""
 
 _PATTERN: Final = "derived-*.safetensors"
+TEMPORARY: Final = ".derived-*.tmp"
+"""What a process may leave in a version's folder that is killed while it saves."""
+
 _SEPARATOR: Final = "/"
 
 Tensors = Mapping[str, torch.Tensor]
@@ -63,13 +68,14 @@ class DerivedFile:
             return
         metadata = {"key": self._key, "sha256": _digest(self._found)}
         folder = self._path.parent
-        temporary = folder / ".derived.tmp"
+        temporary = folder / f".derived-{os.getpid()}-{threading.get_ident()}.tmp"
         try:
             temporary.write_bytes(save(dict(self._found), metadata=metadata))
             for other in folder.glob(_PATTERN):
                 other.unlink(missing_ok=True)
             temporary.replace(self._path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             logger.warning("what was computed for %s could not be kept: %s", folder.name, error)
         self._new = False
 

@@ -2,153 +2,106 @@
 
 ::
 
-    root/lock                           one process owns the store
-    root/tmp/<random>/                  being written, or on its way out; emptied at start
+    root/lock                           shared by registrations, exclusive while bytes are removed
+    root/registry                       which registry's versions these are
+    root/tmp/<random>/                  one process's: being written, or on its way out; removed
+                                        by the next one to start once its ``lock`` is free
     root/<aa>/<digest>/manifest.json    both files' length and SHA-256; its own is the digest
     root/<aa>/<digest>/adapter_config.json
     root/<aa>/<digest>/adapter_model.safetensors
     root/<aa>/<digest>/derived-<key>.safetensors    may be gone at any time; see derived.py
 
 A version appears whole or not at all: both files and their folder are on the disk before one rename
-makes it visible. They are never written to after that.
+makes it visible. They are never written to after that, so that any number of processes may share
+the folder; only who removes bytes must know that nobody is about to register them.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from io import FileIO
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from manyhats.adapters.files import CONFIG_NAME, WEIGHTS_NAME
-from manyhats.adapters.lock import FileLock
-from manyhats.errors import AdapterLoadError, AdapterRejectedError, ServiceError
+from manyhats.adapters.derived import TEMPORARY
+from manyhats.adapters.lock import locked, try_lock
+from manyhats.adapters.staging import MANIFEST, Staging, disk, remove, sync_folder
+from manyhats.errors import AdapterLoadError, ConfigError
 from manyhats.types import Digest
 
-FILES: Final = (CONFIG_NAME, WEIGHTS_NAME)
-"""What a version consists of."""
-
-MAX_CONFIG_BYTES: Final = 1 << 20
-"""Bound of adapter_config.json, bytes (a real one has one or two thousand)."""
-
-_MANIFEST: Final = "manifest.json"
-_CHUNK: Final = 1 << 20
+_ABANDONED_S: Final = 3600
+_LOCK: Final = "lock"
+_MARK: Final = "registry"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def manifest_bytes(files: Mapping[str, tuple[int, str]]) -> bytes:
-    """What the digest is the SHA-256 of; ``files`` maps a name to (length, hex SHA-256)."""
-    rows = [[name, *files[name]] for name in sorted(files)]
-    return json.dumps({"format": 1, "files": rows}, separators=(",", ":"), sort_keys=True).encode()
-
-
-class Staging:
-    """A version while it is written, in a private folder. For one thread at a time.
-
-    ``path`` is the folder, for validation before the commit; ``max_bytes`` bounds the weights,
-    MAX_CONFIG_BYTES the configuration, both while they are written.
-    """
-
-    def __init__(self, path: Path, max_bytes: int) -> None:
-        self.path = path
-        self._bounds = {CONFIG_NAME: MAX_CONFIG_BYTES, WEIGHTS_NAME: max_bytes}
-        self._files: dict[str, FileIO] = {}
-        self._hashes = {name: hashlib.sha256() for name in FILES}
-        self._lengths = dict.fromkeys(FILES, 0)
-
-    def write(self, name: str, chunk: bytes) -> None:
-        """Append ``chunk`` to the file ``name`` (one of FILES); readable through ``path`` at once.
-
-        Raises AdapterRejectedError ``too_large`` before a byte over the bound is written,
-        ServiceError (the disk).
-        """
-        bound = self._bounds[name]
-        if self._lengths[name] + len(chunk) > bound:
-            setting = " (max_adapter_mb)" if name == WEIGHTS_NAME else ""
-            raise AdapterRejectedError(
-                "too_large", f"{name} is over the bound of {bound} bytes{setting}", param=name
-            )
-        with _disk():
-            if name not in self._files:
-                self._files[name] = FileIO(self.path / name, "xb")
-            _write(self._files[name], chunk)
-        self._hashes[name].update(chunk)
-        self._lengths[name] += len(chunk)
-
-    def copy(self, config: Path, weights: Path) -> None:
-        """Copy two files in, whatever their length is by then; the bounds hold while they are read.
-
-        Raises AdapterRejectedError: ``missing_file`` (absent, unreadable), ``path_not_allowed`` (a
-        link, or no regular file), ``too_large``. Raises ServiceError (the disk).
-        """
-        for name, source in ((CONFIG_NAME, config), (WEIGHTS_NAME, weights)):
-            with _open_regular(source) as file:
-                while chunk := file.read(_CHUNK):
-                    self.write(name, chunk)
-
-    def check_complete(self) -> None:
-        """Raises AdapterRejectedError ``missing_file`` unless both files are there."""
-        for name in FILES:
-            if not self._lengths[name]:
-                raise AdapterRejectedError(
-                    "missing_file", f"{name} is missing or empty", param=name
-                )
-
-    def seal(self) -> Digest:
-        """Bring everything to the disk and return the digest. Raises what check_complete raises."""
-        self.check_complete()
-        manifest = manifest_bytes(
-            {name: (self._lengths[name], self._hashes[name].hexdigest()) for name in FILES}
-        )
-        with FileIO(self.path / _MANIFEST, "wb") as file:
-            _write(file, manifest)
-            os.fsync(file.fileno())
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        _sync_folder(self.path)
-        return Digest(hashlib.sha256(manifest).hexdigest())
-
-    def close(self) -> None:
-        """Close the files and remove the folder, if it is still there."""
-        for file in self._files.values():
-            file.close()
-        _remove(self.path)
-
-
 class AdapterStore:
-    """Content-addressed versions below ``root``. Thread-safe; every call may block on the disk.
-
-    Raises ConfigError where another process owns ``root``; every call raises ServiceError where the
-    disk fails it.
+    """Content-addressed versions below ``root``, which processes may share. Thread-safe; every call
+    may block on the disk and raises ServiceError where it fails.
     """
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
         self._root = root
-        self._owner = FileLock(root / "lock")
         self._lock = threading.Lock()
-        self._tmp = root / "tmp"
-        _remove(self._tmp)  # what a killed process left behind
-        self._tmp.mkdir(exist_ok=True)
+        with disk():
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / _LOCK, exclusive=True):
+                _remove_abandoned(root / "tmp")
+                self._tmp = Path(tempfile.mkdtemp(dir=root / "tmp"))
+                (self._tmp / _LOCK).touch()
+                self._mine = try_lock(self._tmp / _LOCK)
 
     def close(self) -> None:
-        """Give the folder up to another process."""
-        self._owner.release()
+        """Leave nothing behind but the versions."""
+        with self._lock:
+            if self._mine is not None:
+                remove(self._tmp)
+                os.close(self._mine)
+                self._mine = None
+
+    def claim(self, registry: str, *, replace: bool = False) -> None:
+        """Say whose versions these are: ``registry`` identifies a registry.
+
+        Unless ``replace``, raises ConfigError where they are another one's, which would lose them
+        at the next sweep.
+        """
+        mark = self._root / _MARK
+        with disk(), locked(self._root / _LOCK, exclusive=True):
+            if replace or not mark.exists():
+                new = self._tmp / _MARK
+                new.write_text(registry, "ascii")
+                new.rename(mark)
+            elif mark.read_text("ascii") != registry:
+                raise ConfigError(
+                    f"{self._root} holds the adapters of another registry; give this server its "
+                    "own folder (--home, --store), or restore the registry that they belong to"
+                )
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """No process removes bytes while the block runs: from a commit until it is registered."""
+        with _disk_lock(self._root / _LOCK, exclusive=False):
+            yield
+
+    @contextmanager
+    def removing(self) -> Iterator[None]:
+        """No process is within ``adding`` while the block runs, nor another within this.
+
+        What no version refers to then may be deleted.
+        """
+        with _disk_lock(self._root / _LOCK, exclusive=True):
+            yield
 
     @contextmanager
     def stage(self, max_bytes: int) -> Iterator[Staging]:
         """A Staging for up to ``max_bytes`` of weights, gone afterwards unless it was committed."""
-        with _disk():
+        with disk():
             folder = tempfile.mkdtemp(dir=self._tmp)
         staging = Staging(Path(folder), max_bytes)
         try:
@@ -162,18 +115,22 @@ class AdapterStore:
         The same content again changes nothing, unless what is there is damaged: then it is
         replaced. Raises AdapterRejectedError ``missing_file``.
         """
-        with _disk():
+        with disk():
             digest = staging.seal()
             target = self._folder(digest)
             with self._lock:
                 if target.exists():
-                    if self._is_intact(digest):
+                    if self.intact(digest):
                         return digest
                     self._discard(target)
                 target.parent.mkdir(exist_ok=True)
-                _sync_folder(self._root)
-                staging.path.rename(target)
-                _sync_folder(target.parent)
+                sync_folder(self._root)
+                try:
+                    staging.path.rename(target)
+                except OSError:  # another process was faster with the same content
+                    if not target.exists():
+                        raise
+                sync_folder(target.parent)
             return digest
 
     def path(self, digest: Digest) -> Path:
@@ -205,11 +162,36 @@ class AdapterStore:
     def delete(self, digest: Digest) -> bool:
         """Remove a version's bytes; false where there were none. Open files can be read on."""
         folder = self._folder(digest)
-        with _disk(), self._lock:
+        with disk(), self._lock:
             if not folder.exists():
                 return False
             self._discard(folder)
             return True
+
+    def size(self, digest: Digest) -> int:
+        """Bytes of a version's files, what was derived from them too; 0 where there are none."""
+        with disk():
+            return _size(self._folder(digest))
+
+    def age_s(self, digest: Digest, now: float) -> float:
+        """Seconds since the version was committed, or touched; 0 where there are no bytes."""
+        try:
+            return now - self._folder(digest).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def touch(self, digest: Digest) -> None:
+        """Begin its age anew, if it is there."""
+        with disk(), suppress(FileNotFoundError):
+            os.utime(self._folder(digest))
+
+    def tidy(self, now: float) -> None:
+        """Remove what a process left within versions that was killed an hour ago or more."""
+        with disk():
+            for path in self._root.glob(f"[0-9a-f][0-9a-f]/*/{TEMPORARY}"):
+                with suppress(FileNotFoundError):
+                    if now - path.stat().st_mtime > _ABANDONED_S:
+                        path.unlink()
 
     def list(self) -> list[Digest]:
         """Digests of every version kept, sorted."""
@@ -226,14 +208,15 @@ class AdapterStore:
 
     def _manifest(self, digest: Digest) -> dict[str, tuple[int, str]]:
         try:
-            content = (self._folder(digest) / _MANIFEST).read_bytes()
+            content = (self._folder(digest) / MANIFEST).read_bytes()
         except OSError as exc:
             raise AdapterLoadError(f"adapter {digest} is not in the store: {exc}") from exc
         if hashlib.sha256(content).hexdigest() != digest:
-            raise AdapterLoadError(f"{_MANIFEST} of adapter {digest} is damaged on the disk")
+            raise AdapterLoadError(f"{MANIFEST} of adapter {digest} is damaged on the disk")
         return {name: (length, sha) for name, length, sha in json.loads(content)["files"]}
 
-    def _is_intact(self, digest: Digest) -> bool:
+    def intact(self, digest: Digest) -> bool:
+        """Whether the version is there, and what its digest says. Reads everything."""
         try:
             self.verify(digest)
         except AdapterLoadError:
@@ -243,48 +226,37 @@ class AdapterStore:
     def _discard(self, folder: Path) -> None:
         """Take a version away in one rename; its bytes go after that."""
         grave = Path(tempfile.mkdtemp(dir=self._tmp))
-        folder.rename(grave / folder.name)
-        _sync_folder(folder.parent)
-        _remove(grave)
+        with suppress(FileNotFoundError):  # another process takes it away just now
+            folder.rename(grave / folder.name)
+        sync_folder(folder.parent)
+        remove(grave)
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
-    """Turns the disk's own failures (full, read-only) into the server's."""
-    try:
+def _disk_lock(path: Path, *, exclusive: bool) -> Iterator[None]:
+    """``locked``; what the block itself raises is left as it is."""
+    with ExitStack() as stack:
+        with disk():
+            stack.enter_context(locked(path, exclusive=exclusive))
         yield
-    except OSError as exc:
-        raise ServiceError(f"the adapter store cannot be written: {exc.strerror}") from exc
 
 
-def _open_regular(path: Path) -> FileIO:
-    """Open a regular file for reading; no link followed, no waiting on a pipe."""
+def _remove_abandoned(tmp: Path) -> None:
+    """Remove the folders below ``tmp`` whose process has gone."""
+    tmp.mkdir(exist_ok=True)
+    for folder in tmp.iterdir():
+        try:
+            fd = try_lock(folder / _LOCK)
+        except (FileNotFoundError, NotADirectoryError):  # killed before it had its lock
+            remove(folder)
+            continue
+        if fd is not None:
+            remove(folder)
+            os.close(fd)
+
+
+def _size(folder: Path) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        reason = "path_not_allowed" if exc.errno in (errno.ELOOP, errno.ENXIO) else "missing_file"
-        raise AdapterRejectedError(reason, f"{path.name} cannot be read: {exc.strerror}") from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise AdapterRejectedError("path_not_allowed", f"{path.name} is not a regular file")
-    return FileIO(fd, "rb")
-
-
-def _write(file: FileIO, data: bytes) -> None:
-    """All of ``data``: nothing is left in a buffer, so closing the file cannot fail."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder of ``tmp``. What cannot be removed now is tried again at the next start."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:
+        return 0

@@ -1,4 +1,4 @@
-"""Administration: register, list, show and delete adapters, in our own routes and in vLLM's.
+"""Administration: register, list, show and delete adapters, vLLM's routes aside.
 
 Every route needs the operator's role and acts for one tenant (``api.auth.TENANT_HEADER``).
 """
@@ -11,15 +11,26 @@ from functools import partial
 from typing import Annotated, Any
 
 import anyio
-from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.responses import JSONResponse
 
-from manyhats.adapters.store import Staging
-from manyhats.api.administration import Operator, adapters, blocking, cause
+from manyhats.adapters.sources.address import Source
+from manyhats.adapters.staging import Staging
+from manyhats.api.administration import (
+    Operator,
+    adapters,
+    admitted,
+    blocking,
+    cause,
+    evaluations,
+    forget,
+)
 from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body
+from manyhats.api.holders import refuse_held
+from manyhats.api.operations import result, running_operations
 from manyhats.api.registration import RegisterRequest, described
-from manyhats.api.schemas import StrictModel, request_body
+from manyhats.api.schemas import request_body
 from manyhats.api.state import api_state
 from manyhats.api.upload import UploadReader, boundary_of
 from manyhats.engine.interface import ResidentAdapter
@@ -27,43 +38,33 @@ from manyhats.errors import ContentTypeError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.audit import MAX_REASON
 from manyhats.lifecycle.compositions import shown
 from manyhats.lifecycle.directory import AdapterCard
-from manyhats.lifecycle.records import AdapterRecord, Registration
+from manyhats.lifecycle.records import AdapterRecord, Registration, split_version
 from manyhats.lifecycle.service import AdapterService
 
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
 
 
-class LoadLoraRequest(StrictModel):
-    """Body of ``POST /v1/load_lora_adapter``.
-
-    ``base_model_name`` and ``load_inplace`` are there for the controllers that send them and change
-    nothing: the weights themselves say whether they fit the base, and a name that exists always
-    gets its next version while running requests keep theirs.
-    """
-
-    lora_name: str
-    lora_path: str
-    base_model_name: str | None = None
-    load_inplace: bool | None = None
-
-
-class UnloadLoraRequest(StrictModel):
-    """Body of ``POST /v1/unload_lora_adapter``. ``lora_int_id`` changes nothing: names identify."""
-
-    lora_name: str
-    lora_int_id: int | None = None
-
-
-@router.post("/admin/adapters", status_code=201, openapi_extra=request_body(RegisterRequest))
-async def register(request: Request, caller: Operator) -> dict[str, Any]:
+@router.post(
+    "/admin/adapters",
+    status_code=201,
+    response_model=None,
+    openapi_extra=request_body(RegisterRequest),
+    responses={202: {"description": "It is being fetched: an operation to watch"}},
+)
+async def register(
+    request: Request, caller: Operator, wait: Annotated[bool, Query()] = False
+) -> dict[str, Any] | JSONResponse:
     """Register an adapter; the answer describes the version.
 
-    As JSON (``name``, ``path`` or ``composition``), or as multipart/form-data with the parts
-    ``name``, ``config`` (adapter_config.json) and ``weights`` (adapter_model.safetensors); either
-    with ``promote``, ``reason``, ``source``, ``revision`` and ``metadata``. The same
-    content again is the version that is there already, and changes no route. A new version becomes
-    the stable one at once unless somebody has moved the route away from the newest version;
-    ``promote`` decides it either way.
+    As JSON (``name``, and ``path``, ``composition`` or ``source``), or as multipart/form-data with
+    the parts ``name``, ``config`` (adapter_config.json) and ``weights``
+    (adapter_model.safetensors); either with ``promote``, ``reason``, ``source``, ``revision`` and
+    ``metadata``, an upload with ``evaluation`` (the adapter's pairs of prompt and completion,
+    JSONL) as well. The same content again is the version that is there already, and changes no
+    route. A new version becomes the stable one at once unless somebody has moved the route away
+    from the newest version; ``promote`` decides it either way. A ``source`` is fetched beside
+    everything else: the answer is 202 with an operation (``/admin/operations/{ident}``), unless
+    ``wait`` is true.
     """
     service = adapters(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -71,7 +72,10 @@ async def register(request: Request, caller: Operator) -> dict[str, Any]:
         card = await _receive(request, caller, service)
     elif kind == "application/json":
         body = await read_body(request, RegisterRequest)
-        card = await blocking(_registration(caller, service, body))
+        told = await admitted(request, caller, body.name, body.registration(caller))
+        if body.remote is not None:
+            return await _fetched(request, caller, body, body.remote, told, wait=wait)
+        card = await blocking(_registration(caller, service, body, told))
     else:
         raise ContentTypeError(
             f"content type must be application/json or multipart/form-data, not {kind[:100]!r}",
@@ -102,6 +106,19 @@ async def show(request: Request, caller: Operator, name: str) -> dict[str, Any]:
     }
 
 
+@router.get("/admin/adapters/{name}/versions/{version}")
+async def show_version(
+    request: Request, caller: Operator, name: str, version: Annotated[int, Path(ge=1, lt=2**53)]
+) -> dict[str, Any]:
+    """One version: who registered it, and what its evaluation says of it."""
+    entry = adapters(request).entry(name, caller.tenant)
+    entry_version = entry.find(version)
+    if entry_version is None:
+        raise ModelNotFoundError(f"adapter {name!r} has no version {version}", param="version")
+    found = await blocking(partial(evaluations(request).shown, name, caller.tenant, version))
+    return {"name": name, **_version(entry_version), "evaluation": found}
+
+
 @router.delete("/admin/adapters/{name}")
 async def delete(
     request: Request,
@@ -112,13 +129,17 @@ async def delete(
 ) -> dict[str, Any]:
     """Delete every version of ``name``, or ``name@version`` alone. Running requests keep theirs.
 
-    409 for a name with several versions, unless ``force``, and for a version that requests are
-    routed to (``force`` ends a canary; the stable version goes with the whole name only).
+    409, unless ``force``, for a name with several versions, for a version that requests are routed
+    to (``force`` ends a canary; the stable version goes with the whole name only), and for what is
+    pinned or running requests hold.
     """
+    if not force:
+        refuse_held(request, adapters(request).entry(split_version(name)[0], caller.tenant), name)
     call = partial(
         adapters(request).delete, name, caller.tenant, force=force, cause=cause(caller, reason)
     )
     refs = await blocking(call)
+    await forget(request, caller, name)
     return {"name": name, "deleted": True, "versions": [ref.version for ref in refs]}
 
 
@@ -141,51 +162,11 @@ async def cache(request: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/load_lora_adapter", openapi_extra=request_body(LoadLoraRequest))
-async def load_lora_adapter(request: Request, caller: Operator) -> PlainTextResponse:
-    """vLLM's route: register a folder and start to bring it to the host tier.
-
-    Idempotent: the same content under the same name again is a success as well.
-    """
-    body = await read_body(request, LoadLoraRequest)
-    service = adapters(request)
-    card = await blocking(
-        partial(
-            service.register_folder,
-            body.lora_name,
-            body.lora_path,
-            tenant=caller.tenant,
-            registration=Registration(cause=cause(caller)),
-        )
-    )
-    service.prefetch(card.ref)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
-
-
-@router.post("/v1/unload_lora_adapter", openapi_extra=request_body(UnloadLoraRequest))
-async def unload_lora_adapter(request: Request, caller: Operator) -> PlainTextResponse:
-    """vLLM's route: delete the name with all its versions.
-
-    Idempotent: a name that is not there is a success that says so. vLLM answers 404 to that, which
-    controllers that retry until the state is as wanted would take for a failure.
-    """
-    body = await read_body(request, UnloadLoraRequest)
-    service, name = adapters(request), body.lora_name
-    try:
-        await blocking(
-            partial(service.delete, name, caller.tenant, force=True, cause=cause(caller))
-        )
-    except ModelNotFoundError:
-        return PlainTextResponse("Success: no LoRA adapter of that name was loaded.")
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
-
-
 def _registration(
-    caller: Principal, service: AdapterService, body: RegisterRequest
+    caller: Principal, service: AdapterService, body: RegisterRequest, told: Registration
 ) -> Callable[[], AdapterCard]:
     """What a JSON registration comes to. Raises RequestError unless it names one source."""
-    told = body.registration(caller)
-    source, tenant = body.source, caller.tenant
+    source, tenant = body.label, caller.tenant
     if body.path is not None and body.composition is None:
         return partial(
             service.register_folder,
@@ -204,7 +185,31 @@ def _registration(
             source=source,
             registration=told,
         )
-    raise RequestError("give either path or composition", param="path")
+    raise RequestError("give one of path, composition and source", param="path")
+
+
+async def _fetched(
+    request: Request,
+    caller: Principal,
+    body: RegisterRequest,
+    source: Source,
+    told: Registration,
+    *,
+    wait: bool,
+) -> dict[str, Any] | JSONResponse:
+    """A registration from elsewhere: started, and with ``wait`` its end."""
+    start = partial(
+        running_operations(request).start,
+        body.name,
+        source,
+        tenant=caller.tenant,
+        registration=told,
+    )
+    operation = await blocking(start)
+    if not wait:
+        location = {"location": f"/admin/operations/{operation.id}"}
+        return JSONResponse(operation.shown(), status_code=202, headers=location)
+    return _describe(request)(await result(operation))
 
 
 async def _receive(request: Request, caller: Principal, service: AdapterService) -> AdapterCard:
@@ -214,18 +219,23 @@ async def _receive(request: Request, caller: Principal, service: AdapterService)
         async for chunk in request.stream():
             await blocking(partial(reader.feed, chunk))
         texts = reader.finish()
-        name = texts.pop("name")
+        name, data = texts.pop("name"), texts.pop("evaluation", None)
         body = described(texts)
-        return await blocking(
+        if data is not None:
+            await blocking(partial(evaluations(request).check, data, None))
+        card = await blocking(
             partial(
                 service.register_staged,
                 name,
                 staging,
                 tenant=caller.tenant,
                 source=body.source or "upload",
-                registration=body.registration(caller),
+                registration=await admitted(request, caller, name, body.registration(caller)),
             )
         )
+    if data is not None:
+        await blocking(partial(evaluations(request).configure, name, caller.tenant, data=data))
+    return card
 
 
 @asynccontextmanager

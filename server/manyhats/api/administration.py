@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Final, TypeVar
 
 import anyio
@@ -10,7 +11,10 @@ import anyio.to_thread
 from fastapi import Depends, Request
 
 from manyhats.api.auth import Principal, require_operator
+from manyhats.errors import ModelNotFoundError
 from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.evaluation.service import EvaluationService
+from manyhats.lifecycle.records import Registration
 from manyhats.lifecycle.service import AdapterService
 
 _T = TypeVar("_T")
@@ -33,6 +37,40 @@ def adapters(request: Request) -> AdapterService:
     return service
 
 
+def evaluations(request: Request) -> EvaluationService:
+    """The evaluations of the application that serves ``request``. Raises RuntimeError without."""
+    service = measuring(request)
+    if service is None:
+        raise RuntimeError("this application was built without evaluations")
+    return service
+
+
+def measuring(request: Request) -> EvaluationService | None:
+    """The same; None where nothing is measured, so that no name requires it either."""
+    service: EvaluationService | None = request.app.state.manyhats.evaluations
+    return service
+
+
 def cause(caller: Principal, reason: str = "") -> Cause:
     """Who makes a change, as the audit log names them, and why."""
     return Cause(caller.actor, reason)
+
+
+async def admitted(
+    request: Request, caller: Principal, name: str, told: Registration
+) -> Registration:
+    """The registration under what the name requires of its versions."""
+    service = measuring(request)
+    if service is None:
+        return told
+    return await blocking(partial(service.admitted, name, caller.tenant, told))
+
+
+async def forget(request: Request, caller: Principal, name: str) -> None:
+    """A name that is gone takes its evaluations with it."""
+    service = measuring(request)
+    try:
+        adapters(request).entry(name, caller.tenant)
+    except ModelNotFoundError:
+        if service is not None and "@" not in name:
+            await blocking(partial(service.forget, name, caller.tenant))

@@ -11,6 +11,7 @@ from starlette.middleware import Middleware
 import manyhats
 from manyhats.api import log_level, openai, ops
 from manyhats.api.auth import KeyRing, authorize
+from manyhats.api.description import describe
 from manyhats.api.handlers import install_handlers
 from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.api.logprobs import TokenLabels
@@ -27,8 +28,9 @@ def create_api(
     say); ``lifespan`` surrounds its running.
 
     Every route goes through ``authorize``, whoever wrote it. Also makes ``state.metrics`` name
-    the kernels, and read the engine's snapshot at every scrape. The documentation pages know no
-    keys, so they are there only while no key is configured, or with ``docs_open``.
+    the kernels, and read the engine's snapshot, readiness and stores at every scrape. The
+    documentation pages know no keys, so they are there only while no key is configured, or with
+    ``docs_open``.
     """
     settings = state.settings
     open_docs = settings.docs_open or (KeyRing.of(settings).is_open and not state.tenants.has_keys)
@@ -53,6 +55,16 @@ def create_api(
     install_handlers(app)
     for router in (openai.router, ops.router, log_level.router, *routers):
         app.include_router(router)
+    describe(app)
     state.metrics.kernels(state.engine.model.kernel_backend)
     state.metrics.watch(state.engine.stats)
+    state.metrics.watch_server(
+        manyhats.__version__,
+        ready=lambda: state.readiness.reason(state.engine) is None,
+        stores=lambda: {
+            "registry": state.store_reachable(),
+            "tenants": state.tenants.reachable,
+            "quotas": state.limiter.reachable,
+        },
+    )
     return app

@@ -12,13 +12,14 @@ from manyhats.api.answers import chunks, whole_answer
 from manyhats.api.auth import Principal, require_user
 from manyhats.api.body import read_body
 from manyhats.api.logprobs import TokenLabels
-from manyhats.api.metering import metered
 from manyhats.api.middleware import CLIENT_GONE
 from manyhats.api.prompts import Job, plan_chat, plan_completion
 from manyhats.api.routing import route_hint
 from manyhats.api.schemas import ChatRequest, CompletionRequest, request_body
 from manyhats.api.state import ApiState, api_state
 from manyhats.api.stream import ClientGoneError, EventStream, while_connected
+from manyhats.api.terms import terms_of
+from manyhats.api.watching import watched
 from manyhats.errors import ModelNotFoundError
 from manyhats.lifecycle.directory import AdapterCard
 
@@ -69,7 +70,8 @@ async def create_completion(request: Request, caller: Caller) -> Response:
     """Continues each prompt; streams where ``stream`` is true."""
     body = await read_body(request, CompletionRequest)
     hint = route_hint(request, caller, body)
-    job = await plan_completion(api_state(request), body, caller.tenant, hint)
+    terms = terms_of(request, caller, body)
+    job = terms.put_on(await plan_completion(api_state(request), body, caller.tenant, hint))
     return await _answer(request, job, stream=bool(body.stream), chat=False)
 
 
@@ -78,12 +80,16 @@ async def create_chat_completion(request: Request, caller: Caller) -> Response:
     """Answers a conversation; streams where ``stream`` is true."""
     body = await read_body(request, ChatRequest)
     hint = route_hint(request, caller, body)
-    job = await plan_chat(api_state(request), body, caller.tenant, hint)
+    terms = terms_of(request, caller, body)
+    job = terms.put_on(await plan_chat(api_state(request), body, caller.tenant, hint))
     return await _answer(request, job, stream=bool(body.stream), chat=True)
 
 
 async def _answer(request: Request, job: Job, *, stream: bool, chat: bool) -> Response:
-    deltas = metered(api_state(request), job)
+    state = api_state(request)
+    deltas = watched(state, job)
+    if state.shadows is not None:
+        deltas = state.shadows.beside(job, deltas)
     labels: TokenLabels = request.app.state.manyhats_labels
     headers = {SERVED_BY: job.served_by}
     if stream:

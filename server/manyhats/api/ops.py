@@ -1,4 +1,4 @@
-"""Operations: liveness, readiness, metrics, version. Health alone asks for no key."""
+"""Operations: startup, liveness, readiness, metrics, version. Health alone asks for no key."""
 
 from __future__ import annotations
 
@@ -12,15 +12,33 @@ from manyhats.metrics import CONTENT_TYPE
 router = APIRouter(tags=["operations"])
 
 
+@router.get("/startupz")
+async def startupz(request: Request) -> JSONResponse:
+    """Startup: 200 from the base's first answer on, whatever comes later."""
+    state = api_state(request)
+    if state.readiness.proven:
+        return JSONResponse({"started": True, "reason": None})
+    reason = state.readiness.reason(state.engine)
+    return JSONResponse({"started": False, "reason": reason}, status_code=503)
+
+
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
-    """Liveness: the process answers."""
-    return {"status": "ok"}
+async def healthz(request: Request) -> JSONResponse:
+    """Liveness: the process answers and its step loop has not ended by a defect (503: start anew).
+
+    A server that drains, or whose store is away, lives.
+    """
+    if api_state(request).engine.failed:
+        return JSONResponse({"status": "the step loop has ended by a defect"}, status_code=503)
+    return JSONResponse({"status": "ok"})
 
 
 @router.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """Readiness, and what is served and how; 503 with the reason while no request is taken."""
+    """Readiness, and what is served and how; 503 with the reason while no traffic should come.
+
+    While the shared ``store`` is unreachable requests are served as before, and changes refused.
+    """
     state = api_state(request)
     body = _described(state)
     return JSONResponse(body, status_code=200 if body["ready"] else 503)
@@ -29,7 +47,8 @@ async def readyz(request: Request) -> JSONResponse:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Readiness with an empty body, as vLLM's route of this name."""
-    return Response(status_code=200 if api_state(request).engine.ready else 503)
+    state = api_state(request)
+    return Response(status_code=200 if state.readiness.reason(state.engine) is None else 503)
 
 
 @router.get("/metrics")
@@ -47,11 +66,11 @@ async def version() -> dict[str, str]:
 def _described(state: ApiState) -> dict[str, object]:
     model = state.engine.model
     stats = state.engine.stats()
-    ready = state.engine.ready
-    reason = None if ready else "the engine takes no requests: it is starting, draining or stopped"
+    reason = state.readiness.reason(state.engine)
     return {
-        "ready": ready,
+        "ready": reason is None,
         "reason": reason,
+        "store": "reachable" if state.store_reachable() else "unreachable",
         "model": model.id,
         "base_digest": model.digest,
         "quantization": model.quantization,

@@ -1,4 +1,4 @@
-"""Administration of routes: promote, canary, rollback, retire; and the audit log of all changes.
+"""Administration of routes: promote, canary, shadow, rollback, pin, retire; and the audit log.
 
 Changes need the operator's role and act for one tenant, the name's owner; the log names everybody's
 adapters and needs the admin role. A change holds for every request that comes after its answer.
@@ -16,9 +16,11 @@ from pydantic import Field
 from manyhats.api.administration import Operator, adapters, blocking, cause
 from manyhats.api.auth import require_admin, require_operator
 from manyhats.api.body import read_body
-from manyhats.api.schemas import StrictModel, request_body
-from manyhats.errors import RequestError
+from manyhats.api.schemas import StrictModel, examples, request_body
+from manyhats.api.state import api_state
+from manyhats.errors import RequestError, ServiceError
 from manyhats.lifecycle.audit import MAX_REASON
+from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.rollouts import MAX_STEPS
 from manyhats.lifecycle.routes import BASELINE, Route
 
@@ -34,9 +36,15 @@ class Reasoned(StrictModel):
 
 
 class PromoteRequest(Reasoned):
-    """Body of ``promote``. Without ``version`` it is the canary that becomes the stable one."""
+    """Body of ``promote``. Without ``version`` it is the canary that becomes the stable one.
+
+    ``force``, with a reason, promotes a version that its evaluation speaks against.
+    """
+
+    model_config = examples({"version": 3, "reason": "it rhymes better"})
 
     version: Version | None = None
+    force: bool = False
 
 
 class ScheduleFields(StrictModel):
@@ -54,6 +62,11 @@ class CanaryRequest(Reasoned):
     Without ``version``: the canary that there is.
     """
 
+    model_config = examples(
+        {"version": 3, "percent": 5, "reason": "a first look"},
+        {"version": 3, "schedule": {"steps": [5, 25, 50, 100], "step_s": 3600}},
+    )
+
     version: Version | None = None
     percent: Annotated[float | None, Field(ge=0, le=100)] = None
     schedule: ScheduleFields | None = None
@@ -64,11 +77,36 @@ class RollbackRequest(Reasoned):
     before.
     """
 
+    model_config = examples(
+        {"to": "previous", "reason": "it has stopped rhyming"}, {"to": "baseline"}, {"to": 2}
+    )
+
     to: Literal["previous", "baseline"] | Version = "previous"
+
+
+class ShadowRequest(Reasoned):
+    """Body of ``shadow``: ``percent`` of the requests (0 ends it). Without ``version``: the shadow
+    that there is.
+    """
+
+    model_config = examples({"version": 3, "percent": 10, "reason": "see whether it agrees"})
+
+    version: Version | None = None
+    percent: Annotated[float, Field(ge=0, le=100)]
+
+
+class PinRequest(Reasoned):
+    """Body of ``pin`` and ``unpin``. Without ``version``: the stable one."""
+
+    model_config = examples({"version": 3, "reason": "asked for all day"})
+
+    version: Version | None = None
 
 
 class RetireRequest(Reasoned):
     """Body of ``retire``; ``retired`` false brings the version back."""
+
+    model_config = examples({"version": 1, "reason": "superseded"})
 
     version: Version
     retired: bool = True
@@ -76,11 +114,15 @@ class RetireRequest(Reasoned):
 
 @router.post("/admin/adapters/{name}/promote", openapi_extra=request_body(PromoteRequest))
 async def promote(request: Request, caller: Operator, name: str) -> dict[str, Any]:
-    """Make a version the stable one: every request for the name gets it. A canary ends."""
+    """Make a version the stable one: every request for the name gets it. A canary ends.
+
+    409 for one that has failed its evaluation, or has none where the adapter requires it.
+    """
     body = await read_body(request, PromoteRequest)
     call = adapters(request).rollouts.promote
     why = cause(caller, body.reason)
-    return await _routed(name, partial(call, name, caller.tenant, why, body.version))
+    change = partial(call, name, caller.tenant, why, body.version, force=body.force)
+    return await _routed(name, change)
 
 
 @router.post("/admin/adapters/{name}/canary", openapi_extra=request_body(CanaryRequest))
@@ -132,6 +174,39 @@ async def rollback(request: Request, caller: Operator, name: str) -> dict[str, A
     return await _routed(name, partial(call, name, caller.tenant, why, to))
 
 
+@router.post("/admin/adapters/{name}/shadow", openapi_extra=request_body(ShadowRequest))
+async def shadow(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Run a version beside what answers, for a share of the requests that give the name.
+
+    It is measured (``/metrics``) and never answered with; it runs when nothing else does, and a
+    sample is dropped where too many wait.
+    """
+    body = await read_body(request, ShadowRequest)
+    call = partial(adapters(request).rollouts.shadow, version=body.version, percent=body.percent)
+    return await _routed(name, partial(call, name, caller.tenant, cause(caller, body.reason)))
+
+
+@router.post("/admin/adapters/{name}/pin", openapi_extra=request_body(PinRequest))
+async def pin(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Keep a version on the device, now and after a restart.
+
+    All slots but one may be pinned.
+    """
+    body = await read_body(request, PinRequest)
+    why = cause(caller, body.reason)
+    return await _routed(name, partial(_pins(request).pin, name, caller.tenant, why, body.version))
+
+
+@router.post("/admin/adapters/{name}/unpin", openapi_extra=request_body(PinRequest))
+async def unpin(request: Request, caller: Operator, name: str) -> dict[str, Any]:
+    """Let a pinned version go when others need its place."""
+    body = await read_body(request, PinRequest)
+    why = cause(caller, body.reason)
+    return await _routed(
+        name, partial(_pins(request).unpin, name, caller.tenant, why, body.version)
+    )
+
+
 @router.post("/admin/adapters/{name}/retire", openapi_extra=request_body(RetireRequest))
 async def retire(request: Request, caller: Operator, name: str) -> dict[str, Any]:
     """Take a version that nothing is routed to out of use, or bring it back. Its bytes stay."""
@@ -161,6 +236,13 @@ async def read_audit(
     entries = await blocking(partial(call, name=name, after=after, limit=limit + 1))
     data = [entry.shown() for entry in entries[:limit]]
     return {"object": "list", "data": data, "has_more": len(entries) > limit}
+
+
+def _pins(request: Request) -> Pins:
+    pins = api_state(request).pins
+    if pins is None:
+        raise ServiceError("this server keeps no pins")
+    return pins
 
 
 async def _routed(name: str, change: Callable[[], Route]) -> dict[str, Any]:

@@ -56,7 +56,9 @@ class ResponseFormat(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """What completions and chat completions share. ``adapter``: several adapters worn as one."""
+    """What completions and chat completions share. ``adapter``: several adapters worn as one;
+    ``priority``: the highest first among the tenant's own waiting requests.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     adapter: CompositionField = None
@@ -77,6 +79,7 @@ class SamplingFields(StrictModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[int | None, Field(ge=-100, le=100)] = None
 
     user: str | None = None
     safety_identifier: str | None = None
@@ -134,6 +137,11 @@ class ChatRequest(SamplingFields):
     web_search_options: Annotated[Any, only()] = None
     chat_template: Annotated[Any, only(why=_TEMPLATE)] = None
     chat_template_kwargs: Annotated[Any, only(why=_TEMPLATE)] = None
+
+
+def examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """``model_config`` of a model that ``/docs`` shows these bodies of."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
 
 
 def request_body(model: type[BaseModel]) -> dict[str, Any]:

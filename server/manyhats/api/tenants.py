@@ -13,7 +13,7 @@ from pydantic import Field
 
 from manyhats.api.auth import KeyRing, require_admin
 from manyhats.api.body import read_body
-from manyhats.api.schemas import StrictModel, request_body
+from manyhats.api.schemas import StrictModel, examples, request_body
 from manyhats.api.state import api_state
 from manyhats.errors import ConflictError
 from manyhats.tenancy.directory import TenantDirectory
@@ -27,6 +27,8 @@ _LONGEST_S = 10 * 365 * 86_400
 class IssueRequest(StrictModel):
     """Body of ``POST /admin/tenants/{tenant}/keys``. ``expires_s``: seconds from now."""
 
+    model_config = examples({"role": "operator", "expires_s": 2592000, "note": "CI of the team"})
+
     role: Annotated[Role, Field(strict=False)] = Role.TENANT
     expires_s: Annotated[int | None, Field(ge=1, le=_LONGEST_S)] = None
     note: Annotated[str, Field(max_length=200)] = ""
@@ -34,6 +36,8 @@ class IssueRequest(StrictModel):
 
 class RotateRequest(StrictModel):
     """Body of ``POST /admin/keys/{key}/rotate``. ``grace_s``: how long the old key still opens."""
+
+    model_config = examples({"grace_s": 3600})
 
     grace_s: Annotated[int, Field(ge=0, le=30 * 86_400)] = 0
 

@@ -12,7 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from manyhats.adapters.files import CONFIG_NAME, WEIGHTS_NAME
-from manyhats.adapters.store import Staging
+from manyhats.adapters.staging import Staging
 from manyhats.api.registration import TEXT_FIELDS
 from manyhats.errors import RequestError
 

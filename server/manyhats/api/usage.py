@@ -7,10 +7,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from enum import StrEnum
+from functools import partial
+from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Query, Response
 
+from manyhats.api.administration import blocking
 from manyhats.api.auth import require_operator
 from manyhats.api.state import ApiState, api_state
 from manyhats.tenancy.usage import UsageRow
@@ -30,12 +33,15 @@ async def usage(
     state: ApiState = Depends(api_state),  # noqa: B008 - FastAPI's way
     format: UsageFormat = UsageFormat.JSON,  # noqa: A002 - the query's name
     tenant: str | None = None,
+    days: Annotated[int | None, Query(ge=1, le=3660)] = None,
 ) -> Response:
     """Requests and tokens of each tenant and adapter (null or empty: the bare base).
 
-    This server's, since it started (``since``, Unix seconds).
+    Of the last ``days`` (UTC, today is the first; default: all that are kept, from ``since`` on, in
+    Unix seconds), of all replicas that share a store.
     """
-    rows = [row for row in state.usage.rows() if tenant is None or row.tenant == tenant]
+    found = await blocking(partial(state.usage.rows, days))
+    rows = [row for row in found if tenant is None or row.tenant == tenant]
     if format is UsageFormat.CSV:
         return Response(_csv(rows), media_type="text/csv; charset=utf-8")
     body = {"object": "list", "since": state.usage.since, "data": [asdict(row) for row in rows]}

@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from manyhats.commands import evaluate, fetching, routing
 from manyhats.commands.client import Client, adapter_path, add_row, fail, remote
+from manyhats.commands.fetching import register_from, show_registered
+from manyhats.commands.routing import Name, Reason, route_words
 from manyhats.lifecycle.audit import broken_link
 
 app = typer.Typer(
@@ -19,10 +22,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Name = Annotated[str, typer.Argument(metavar="NAME")]
-MaybeVersion = Annotated[int | None, typer.Argument(min=1, metavar="[VERSION]")]
-Reason = Annotated[str, typer.Option(metavar="<text>", help="Why; kept in the audit log.")]
+app.add_typer(routing.app)
+app.add_typer(fetching.app)
+evaluate.add_to(app)
 
 _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
@@ -32,7 +34,7 @@ _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors
 def register(
     client: Client,
     name: Name,
-    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="What PEFT saved.")],
+    path: Annotated[str, typer.Argument(metavar="FOLDER_OR_ADDRESS", help="What PEFT saved.")],
     *,
     upload: Annotated[
         bool, typer.Option("--upload", help="Send the files; FOLDER is on this machine.")
@@ -47,31 +49,43 @@ def register(
     ] = None,
     reason: Reason = "",
     source: Annotated[str | None, typer.Option(metavar="<text>", help="Where it is from.")] = None,
-    revision: Annotated[str, typer.Option(metavar="<text>", help="Of that source.")] = "",
+    revision: Annotated[
+        str, typer.Option(metavar="<text>", help="Of that source; the commit of a hub's.")
+    ] = "",
+    sha256: Annotated[
+        str | None, typer.Option(metavar="<hex>", help="What the weights at an address must be.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="For what the server fetches to be there.")
+    ] = True,
 ) -> None:
     """Register a version of NAME.
 
-    Without --upload, FOLDER is a folder on the server, below one of its adapter roots.
+    Without --upload, a folder is one on the server, below one of its adapter roots. An address
+    (hf://org/name with --revision, https://..., s3://..., gs://...) is fetched by the server, which
+    must allow it (--source-allow).
     """
     said: dict[str, Any] = {
         "name": name, "promote": promote, "reason": reason, "source": source, "revision": revision,
     }  # fmt: skip
     said = {key: value for key, value in said.items() if value is not None}
+    if "://" in path:
+        register_from(client, said, path, sha256, wait=wait)
+        return
     if not upload:
-        card = client.call("POST", "/admin/adapters", json={**said, "path": str(path)})
+        card = client.call("POST", "/admin/adapters", json={**said, "path": path})
     else:
         parts = {key: str(v).lower() if v in (True, False) else v for key, v in said.items()}
         with ExitStack() as stack:
             try:
                 files = {
-                    part: stack.enter_context((path / file).open("rb"))
+                    part: stack.enter_context((Path(path) / file).open("rb"))
                     for part, file in _FILES.items()
                 }
             except OSError as error:
                 fail(f"{path} cannot be read: {error.strerror}: {error.filename}")
             card = client.call("POST", "/admin/adapters", data=parts, files=files)
-    stable = "the stable version" if card["stable"] else "not the stable version"
-    client.show(card, lambda: f"{card['name']}@{card['version']} is registered, {stable}")
+    show_registered(client, card)
 
 
 @app.command("list")
@@ -92,7 +106,7 @@ def list_adapters(client: Client) -> None:
                 str(card["max_rank"]),
                 str(card["nbytes"]),
                 _moment(card["created"]),
-                "" if resident is None else f"slot {resident['slot']}",
+                _place(resident),
             )
         return made
 
@@ -118,92 +132,10 @@ def show(client: Client, name: Name) -> None:
                 version["source"],
                 version["revision"],
             )
-        made.title = f"{answer['name']}: {_route(answer['route'])}"
+        made.title = f"{answer['name']}: {route_words(answer['route'])}"
         return made
 
     client.show(answer, table)
-
-
-@app.command("promote")
-@remote
-def promote(client: Client, name: Name, version: MaybeVersion = None, reason: Reason = "") -> None:
-    """Make VERSION (default: the canary) the stable one. A canary ends."""
-    _changed(client, client.change(name, "promote", {"version": version, "reason": reason}))
-
-
-@app.command("canary")
-@remote
-def canary(
-    client: Client,
-    name: Name,
-    version: MaybeVersion = None,
-    *,
-    percent: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Share of the callers; 0 ends the canary.")
-    ] = None,
-    steps: Annotated[
-        str, typer.Option(metavar="<list>", help="Shares of a schedule, in percent.")
-    ] = "5,25,50,100",
-    every: Annotated[
-        float | None,
-        typer.Option(metavar="<seconds>", help="Start a schedule; each step lasts so long."),
-    ] = None,
-    hold: Annotated[bool, typer.Option("--hold", help="Hold the schedule where it is.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Let it go on.")] = False,
-    reason: Reason = "",
-) -> None:
-    """Give VERSION (default: the canary there is) a share of the callers.
-
-    One of --percent, --every, --hold and --resume.
-    """
-    if sum([percent is not None, every is not None, hold, resume]) != 1:
-        fail("give one of --percent, --every, --hold and --resume")
-    if hold or resume:
-        action = "canary/hold" if hold else "canary/resume"
-        _changed(client, client.change(name, action, {"reason": reason}))
-        return
-    schedule = None
-    if every is not None:
-        try:
-            schedule = {"steps": [float(step) for step in steps.split(",")], "step_s": every}
-        except ValueError:
-            fail(f"--steps {steps}: percentages with commas between them")
-    body = {"version": version, "percent": percent, "schedule": schedule, "reason": reason}
-    _changed(client, client.change(name, "canary", body))
-
-
-@app.command("rollback")
-@remote
-def rollback(
-    client: Client,
-    name: Name,
-    to: Annotated[
-        str, typer.Argument(metavar="[TO]", help="previous, baseline or a version.")
-    ] = "previous",
-    reason: Reason = "",
-) -> None:
-    """Go back: end the canary, or bring back what was stable before; or go to a version.
-
-    With 'baseline' the base itself answers the requests for NAME.
-    """
-    body = {"to": int(to) if to.isascii() and to.isdigit() else to, "reason": reason}
-    _changed(client, client.change(name, "rollback", body))
-
-
-@app.command("retire")
-@remote
-def retire(
-    client: Client,
-    name: Name,
-    version: Annotated[int, typer.Argument(min=1, metavar="VERSION")],
-    *,
-    undo: Annotated[bool, typer.Option("--undo", help="Bring it back.")] = False,
-    reason: Reason = "",
-) -> None:
-    """Take a version that nothing is routed to out of use."""
-    body = {"version": version, "retired": not undo, "reason": reason}
-    answer = client.change(name, "retire", body)
-    client.show(answer, lambda: f"{name}@{version} is {'ready' if undo else 'retired'}")
 
 
 @app.command("delete")
@@ -247,7 +179,7 @@ def audit(
     def table() -> Table:
         made = Table("entry", "when", "who", "what", "adapter", "after", "why")
         for e in entries:
-            after = _route(e["after"]) if "stable" in e["after"] else ""
+            after = route_words(e["after"]) if "stable" in e["after"] else ""
             add_row(
                 made, str(e["seq"]), e["at"], e["actor"], e["action"], e["name"], after, e["reason"]
             )
@@ -256,29 +188,19 @@ def audit(
     client.show(entries, table)
 
 
-def _changed(client: Client, answer: Mapping[str, Any]) -> None:
-    client.show(answer, lambda: f"{answer['name']}: {_route(answer['route'])}")
-
-
-def _route(route: Mapping[str, Any]) -> str:
-    canary = route["canary"]
-    words = f"stable {route['stable']}"
-    if canary is None:
-        return words
-    words += f", canary {canary['version']} ({canary['percent']:g} %)"
-    schedule = canary["schedule"]
-    if schedule is None:
-        return words
-    if schedule["held"]:
-        return f"{words}, held: {schedule['held']}"
-    return f"{words}, step {schedule['step'] + 1} of {len(schedule['steps'])}"
+def _place(resident: Mapping[str, Any] | None) -> str:
+    if resident is None:
+        return ""
+    return f"slot {resident['slot']}{', pinned' if resident['pinned'] else ''}"
 
 
 def _routed(route: Mapping[str, Any], version: int) -> str:
-    if route["stable"] == version:
-        return "stable"
-    canary = route["canary"]
-    return f"canary, {canary['percent']:g} %" if canary and canary["version"] == version else ""
+    words = ["stable"] if route["stable"] == version else []
+    for kind in ("canary", "shadow"):
+        part = route.get(kind)
+        if part and part["version"] == version:
+            words.append(f"{kind}, {part['percent']:g} %")
+    return "; ".join(words + ["pinned"] * (version in route.get("pinned", ())))
 
 
 def _moment(seconds: int) -> str:

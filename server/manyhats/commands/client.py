@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 import orjson
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 _PAGE = 1000
@@ -78,7 +78,7 @@ class Client:
             more = page["has_more"]
             after = page["data"][-1]["seq"] if page["data"] else after
 
-    def show(self, answer: Any, words: Callable[[], str | Table]) -> None:
+    def show(self, answer: Any, words: Callable[[], RenderableType]) -> None:
         """Print an answer: as JSON where that was asked for, otherwise as ``words`` has it."""
         if self.as_json:
             typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))

@@ -137,7 +137,7 @@ def revoke(client: Client, ident: KeyArgument) -> None:
 @app.command("usage")
 @remote
 def usage(client: Client) -> None:
-    """Show what each tenant has used of each adapter since the server started."""
+    """Show what each tenant has used of each adapter."""
     _show(client, client.call("GET", "/admin/usage"), _USAGE)
 
 

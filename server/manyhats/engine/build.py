@@ -24,6 +24,7 @@ from manyhats.engine.mailbox import Mailbox
 from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.no_adapters import NoAdapters
+from manyhats.engine.parity import ParityCheck, Unregistered
 from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
@@ -51,6 +52,7 @@ class Engine:
     residency: AdapterResidency | None
     grammars: Grammars
     kernels: Resolved
+    parity: ParityCheck | None
 
 
 def build_engine(
@@ -73,45 +75,80 @@ def build_engine(
     state, mailbox, postbox = StepState(), Mailbox(), Postbox()
     blocks = _allocate_cache(settings, base, kernels, state)
     pool, residency = None, None
+    unregistered = Unregistered(load_adapter)
     modules = site_modules(base.module, base.spec)
     for module in modules.values():
         unhook(module)
     if settings.adapter_layers:
         pool = _install_pool(settings, base, kernels, state)
-        residency = AdapterResidency(
-            SlotTable(settings.slots, pool.capacity),
-            pool,
-            load_adapter,
-            host_bytes=settings.host_cache_mb << 20,
-            limits=AdapterLimits.of(settings),
-            post=mailbox.post,
-            observer=observer,
-        )
+        residency = _residency(settings, pool, unregistered, mailbox, observer)
     install_projections(modules, base.shared, base.dtype, kernels.backend, state)
     scheduler = _scheduler(settings, base, blocks, residency or NoAdapters(), shares)
     grammars = Grammars(base.tokenizer.backend, base.vocab_size, base.eos_token_ids)
+    runner = _runner(settings, base, kernels, pool, state, blocks.num_blocks)
     loop = EngineLoop(
         scheduler=scheduler,
-        runner=_runner(settings, base, kernels, pool, state, blocks.num_blocks),
-        postprocessor=Postprocessor(
-            sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
-            tokenizer=base.tokenizer.backend,
-            grammars=grammars,
-            scheduler=scheduler,
-            observer=observer,
-            eos_token_ids=base.eos_token_ids,
-            context_len=base.context_len,
-        ),
+        runner=runner,
+        postprocessor=_postprocessor(base, grammars, scheduler, observer),
         residency=residency,
         observer=observer,
         deliver=deliver or postbox.deliver,
         snapshot=_snapshot(settings, scheduler, blocks, residency),
         mailbox=mailbox,
         max_queue=settings.max_queue,
+        max_background=settings.max_background,
         threads=settings.threads,
     )
-    client = AsyncEngine(loop, postbox, _model_info(settings, base, kernels), base.tokenizer)
-    return Engine(base, loop, client, residency, grammars, kernels)
+    client = _client(settings, base, kernels, loop, postbox)
+    parity = None
+    if residency is not None and settings.parity_probe:
+        parity = ParityCheck(base, loop, client, runner, blocks, residency, unregistered)
+    return Engine(base, loop, client, residency, grammars, kernels, parity)
+
+
+def _residency(
+    settings: Settings,
+    pool: AdapterPool,
+    load: Unregistered,
+    mailbox: Mailbox,
+    observer: EngineObserver,
+) -> AdapterResidency:
+    return AdapterResidency(
+        SlotTable(settings.slots, pool.capacity),
+        pool,
+        load,
+        host_bytes=settings.host_cache_mb << 20,
+        limits=AdapterLimits.of(settings),
+        post=mailbox.post,
+        observer=observer,
+    )
+
+
+def _client(
+    settings: Settings, base: BaseModel, kernels: Resolved, loop: EngineLoop, postbox: Postbox
+) -> AsyncEngine:
+    row_bytes = base.vocab_size * base.dtype.itemsize
+    return AsyncEngine(
+        loop,
+        postbox,
+        _model_info(settings, base, kernels),
+        base.tokenizer,
+        max_compared_tokens=(settings.compare_mb << 20) // row_bytes,
+    )
+
+
+def _postprocessor(
+    base: BaseModel, grammars: Grammars, scheduler: Scheduler, observer: EngineObserver
+) -> Postprocessor:
+    return Postprocessor(
+        sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
+        tokenizer=base.tokenizer.backend,
+        grammars=grammars,
+        scheduler=scheduler,
+        observer=observer,
+        eos_token_ids=base.eos_token_ids,
+        context_len=base.context_len,
+    )
 
 
 def _scheduler(
@@ -128,6 +165,8 @@ def _scheduler(
         max_step_tokens=settings.max_step_tokens,
         max_queue=settings.max_queue,
         max_context=base.context_len,
+        max_background=settings.max_background,
+        background_tokens=settings.background_tokens,
         fair=FairShares(shares, Prices(settings.input_price, settings.output_price)),
     )
 
@@ -241,7 +280,7 @@ def _snapshot(
 ) -> Callable[[int, int], EngineStats]:
     def snapshot(steps: int, failed_steps: int) -> EngineStats:
         return EngineStats(
-            running=scheduler.num_running,
+            running=scheduler.num_running - scheduler.num_background[1],
             waiting=scheduler.num_waiting,
             kv_blocks_total=blocks.num_blocks,
             kv_blocks_used=blocks.num_used,
@@ -255,6 +294,8 @@ def _snapshot(
             waiting_adapters=residency.waiting_adapters() if residency else (),
             steps=steps,
             failed_steps=failed_steps,
+            background_waiting=scheduler.num_background[0],
+            background_running=scheduler.num_background[1],
         )
 
     return snapshot

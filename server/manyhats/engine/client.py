@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Final
 
-from manyhats.engine.interface import EngineStats, ModelInfo, Tokenizer
+from manyhats.engine.compare import LaneProbe
+from manyhats.engine.interface import (
+    CompareRequest,
+    EngineStats,
+    LaneScores,
+    ModelInfo,
+    Tokenizer,
+)
 from manyhats.engine.loop import EngineLoop
-from manyhats.types import GenerationRequest, OutputDelta
+from manyhats.engine.postprocess import RowProbe
+from manyhats.errors import RequestError
+from manyhats.types import GenerationRequest, OutputDelta, Priority, SamplingParams
+
+_COMPARISONS: Final = 4
+"""Comparisons at once: each keeps logits while its further lanes run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +65,11 @@ class Postbox:
             if mail is not None:
                 batches.setdefault(mail.loop, {}).setdefault(delta.request_id, []).append(delta)
         for loop, batch in batches.items():
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(self._hand_out, batch)
+            except RuntimeError:  # it is closed: nobody reads any longer
+                if not loop.is_closed():
+                    raise
 
     def _hand_out(self, batch: dict[str, list[OutputDelta]]) -> None:
         for request_id, deltas in batch.items():
@@ -63,8 +82,16 @@ class AsyncEngine:
     """Implements ``engine.interface.EngineClient`` over the step loop."""
 
     def __init__(
-        self, loop: EngineLoop, postbox: Postbox, model: ModelInfo, tokenizer: Tokenizer
+        self,
+        loop: EngineLoop,
+        postbox: Postbox,
+        model: ModelInfo,
+        tokenizer: Tokenizer,
+        *,
+        max_compared_tokens: int,
     ) -> None:
+        self._max_compared_tokens = max_compared_tokens
+        self._comparing = asyncio.Semaphore(_COMPARISONS)
         self._loop = loop
         self._postbox = postbox
         self._model = model
@@ -85,17 +112,88 @@ class AsyncEngine:
         """Whether the step loop takes requests."""
         return self._loop.accepting
 
+    @property
+    def failed(self) -> bool:
+        """Whether the step loop has ended by a defect."""
+        return self._loop.failed
+
     def stats(self) -> EngineStats:
         """The latest snapshot."""
         return self._loop.stats()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDelta]:
+    @property
+    def max_compared_tokens(self) -> int:
+        """The longest answer that several lanes are compared over."""
+        return self._max_compared_tokens
+
+    async def compare(self, request: CompareRequest) -> tuple[LaneScores, ...]:
+        """See ``EngineClient.compare``."""
+        self._check(request)
+        targets, several = request.token_ids[request.answer_start :], len(request.adapters) > 1
+        probes: list[LaneProbe] = []
+        async with self._comparing:
+            for adapter in request.adapters:
+                first = probes[0] if probes else None
+                probe = LaneProbe(adapter, targets, first=first, keep=several and first is None)
+                lane = GenerationRequest(
+                    request_id=f"compare-{uuid.uuid4().hex}",
+                    tenant=request.tenant,
+                    prompt_token_ids=request.token_ids,
+                    params=(SamplingParams(max_tokens=0, seed=0, prompt_logprobs=0),),
+                    adapter=adapter,
+                    arrival=time.monotonic(),
+                    priority=Priority.BACKGROUND,
+                    scores_from=request.answer_start,
+                )
+                await self.probe(lane, probe)
+                probes.append(probe)
+        return tuple(probe.scores() for probe in probes)
+
+    def _check(self, request: CompareRequest) -> None:
+        if not request.adapters:
+            raise RequestError("adapters: at least one lane is needed", param="adapters")
+        for adapter in request.adapters:
+            if adapter is not None and adapter.is_ensemble:
+                raise RequestError(
+                    f"adapters: {adapter} is an ensemble, whose scores of given tokens are not "
+                    "served; its members can be compared",
+                    param="adapters",
+                )
+        answer = len(request.token_ids) - request.answer_start
+        if request.answer_start < 1 or answer < 1:
+            raise RequestError(
+                f"answer_start is {request.answer_start} of {len(request.token_ids)} tokens: at "
+                "least one must lie before it and one behind",
+                param="answer_start",
+            )
+        if len(request.adapters) > 1 and answer > self._max_compared_tokens:
+            raise RequestError(
+                f"the answer has {answer} tokens; several lanes are compared over at most "
+                f"{self._max_compared_tokens} (compare_mb)",
+                param="token_ids",
+            )
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[OutputDelta]:
         """See ``EngineClient.generate``."""
+        return self._run(request, None)
+
+    async def probe(self, request: GenerationRequest, probe: RowProbe) -> None:
+        """Gives ``probe`` the rows of the request's prompt. Raises what ``generate`` does, and the
+        request's error.
+        """
+        async with aclosing(self._run(request, probe)) as deltas:
+            async for delta in deltas:
+                if delta.error is not None:
+                    raise delta.error
+
+    async def _run(
+        self, request: GenerationRequest, probe: RowProbe | None
+    ) -> AsyncGenerator[OutputDelta, None]:
         queue = self._postbox.open(request.request_id)
         open_choices = len(request.params)
         submitted = False
         try:
-            self._loop.submit(request)
+            self._loop.submit(request, probe)
             submitted = True
             while open_choices:
                 for delta in await queue.get():

@@ -8,7 +8,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from manyhats.types import AdapterRef, FinishReason, GenerationRequest, OutputDelta
+from manyhats.types import (
+    AdapterRef,
+    FinishReason,
+    GenerationRequest,
+    OutputDelta,
+    TenantId,
+)
 
 
 class ChatTemplateError(ValueError):
@@ -66,7 +72,9 @@ class ResidentAdapter:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot between two steps. ``waiting_adapters``: on their way or waiting for a slot."""
+    """A snapshot between two steps. ``running`` and ``waiting`` are live sequences, background ones
+    are counted apart. ``waiting_adapters``: on their way or waiting for a slot.
+    """
 
     running: int
     waiting: int
@@ -82,6 +90,43 @@ class EngineStats:
     waiting_adapters: tuple[str, ...]
     steps: int
     failed_steps: int
+    background_running: int = 0
+    background_waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """The same tokens for several versions of the model. ``token_ids``: prompt, then answer, whose
+    first token is at ``answer_start`` (at least 1: something must predict it). ``adapters``: one or
+    more lanes, None for the bare base; the others are compared with the first.
+    """
+
+    tenant: TenantId
+    token_ids: tuple[int, ...]
+    answer_start: int
+    adapters: tuple[AdapterRef | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LaneScores:
+    """What one version of the model says of each token of an answer, in its order.
+
+    ``logprobs``: of the answer's own token, in nats. ``top_ids``: the likeliest token (of equals
+    any one). ``confidences``: its probability. ``entropies``: of the distribution, in nats.
+    ``divergences``: KL(first lane || this lane) over the full vocabulary, in nats, and
+    ``agreements``: whether both likeliest tokens are the same; both empty for the first lane.
+    ``hidden_mean``: what the head is given (the final norm's output), mean over the positions that
+    predict the answer, in fp32.
+    """
+
+    adapter: AdapterRef | None
+    logprobs: tuple[float, ...]
+    top_ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    entropies: tuple[float, ...]
+    divergences: tuple[float, ...]
+    agreements: tuple[bool, ...]
+    hidden_mean: tuple[float, ...]
 
 
 class EngineClient(Protocol):
@@ -103,12 +148,28 @@ class EngineClient(Protocol):
         A delta with ``error`` set is the last one of the request.
         """
 
+    async def compare(self, request: CompareRequest) -> tuple[LaneScores, ...]:
+        """Score the answer with each of the adapters, in their order, at background priority.
+
+        Raises RequestError or ContextLengthError for tokens that cannot be compared, QueueFullError
+        where too much background work waits, DrainingError, AdapterLoadError or EngineFailedError.
+        Cancelling ends the work within a step.
+        """
+
+    @property
+    def max_compared_tokens(self) -> int:
+        """The longest answer that several lanes are compared over."""
+
     def stats(self) -> EngineStats:
         """The latest snapshot; never blocks on the step loop."""
 
     @property
     def ready(self) -> bool:
         """Whether the step loop runs and takes requests (false while draining)."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the step loop has ended by a defect: only a new process helps."""
 
 
 class EngineObserver(Protocol):

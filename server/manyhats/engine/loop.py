@@ -8,21 +8,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from manyhats.engine.interface import EngineObserver, EngineStats
 from manyhats.engine.mailbox import Mailbox
-from manyhats.engine.postprocess import Postprocessor, adapter_name
+from manyhats.engine.postprocess import Postprocessor, RowProbe, adapter_name
 from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner
 from manyhats.errors import DrainingError, EngineFailedError, ManyhatsError, QueueFullError
+from manyhats.scheduler.deadlines import Deadlines, out_of_time
 from manyhats.scheduler.scheduler import Scheduler
-from manyhats.types import GenerationRequest, OutputDelta, Schedule
+from manyhats.types import AdapterRef, GenerationRequest, OutputDelta, Priority, Schedule
 from manyhats.types import Sequence as LiveSequence
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 Deliver = Callable[[Sequence[OutputDelta]], None]
 
@@ -50,6 +55,7 @@ class EngineLoop:
         snapshot: Callable[[int, int], EngineStats],
         mailbox: Mailbox,
         max_queue: int,
+        max_background: int,
         threads: int | None,
     ) -> None:
         self._scheduler = scheduler
@@ -60,8 +66,9 @@ class EngineLoop:
         self._deliver = deliver
         self._snapshot = snapshot
         self._mailbox = mailbox
-        self._max_queue = max_queue
+        self._bounds = {Priority.NORMAL: max_queue, Priority.BACKGROUND: max_background}
         self._threads = threads or torch.get_num_threads()
+        self._deadlines = Deadlines(postprocessor.open_requests)
         self._ready = threading.Event()
         self._sequence_ids = 0
         self._steps = 0
@@ -69,10 +76,11 @@ class EngineLoop:
         self._stats = snapshot(0, 0)
         self._stats_at = time.monotonic()
         self._door = threading.Lock()  # guards the two below
-        self._posted = 0  # sequences submitted that the step thread has not seen yet
-        self._waiting = 0  # sequences in the scheduler's queue
+        self._posted = dict.fromkeys(Priority, 0)  # submitted, not seen by the step thread yet
+        self._waiting = dict.fromkeys(Priority, 0)  # in the scheduler's queues
         self._draining = False
         self._stopping = False
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
 
     def start(self) -> None:
@@ -80,28 +88,47 @@ class EngineLoop:
         self._thread.start()
         self._ready.wait()
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queues a request; its deltas come through ``deliver``.
+    def submit(self, request: GenerationRequest, probe: RowProbe | None = None) -> None:
+        """Queues a request; its deltas come through ``deliver``. ``probe`` (of a background request
+        of one choice) is given the rows of its prompt that ``prompt_logprobs`` asks for.
 
-        Raises QueueFullError over ``max_queue`` waiting sequences and DrainingError once draining.
+        Raises QueueFullError over ``max_queue`` waiting sequences (``max_background`` of the
+        background ones) and DrainingError once draining.
         """
-        count = len(request.params)
+        count, priority = len(request.params), request.priority
         with self._door:
             if not self.accepting:
                 raise DrainingError("the server is shutting down and takes no new request")
-            queued = self._posted + self._waiting
-            if queued + count > self._max_queue:
+            queued, bound = self._posted[priority] + self._waiting[priority], self._bounds[priority]
+            if queued + count > bound:
+                name = "max_queue" if priority is Priority.NORMAL else "max_background"
                 raise QueueFullError(
                     f"the queue holds {queued} sequences and {count} more would pass its bound of "
-                    f"{self._max_queue} (max_queue)",
+                    f"{bound} ({name})",
                     retry_after_s=1.0,
                 )
-            self._posted += count
-            self._mailbox.post(lambda: self._add(request))
+            self._posted[priority] += count
+            self._mailbox.post(lambda: self._add(request, probe))
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; nothing more is delivered for it."""
         self._mailbox.post(partial(self._end, request_id))
+
+    def between_steps(self, work: Callable[[], _T]) -> Future[_T]:
+        """``work`` done on the step thread, between two steps; must be short.
+
+        Nothing comes of it where the step loop does not run.
+        """
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001 - it is the waiting caller's
+                future.set_exception(error)
+
+        self._mailbox.post(run)
+        return future
 
     def stats(self) -> EngineStats:
         """The latest snapshot, at most a tenth of a second old while steps run."""
@@ -111,6 +138,11 @@ class EngineLoop:
     def accepting(self) -> bool:
         """Whether ``submit`` takes requests."""
         return self._thread.is_alive() and not self._draining
+
+    @property
+    def failed(self) -> bool:
+        """Whether the step thread has ended by a defect."""
+        return self._failed
 
     def close_door(self) -> None:
         """Takes nothing new from now on. Waits for nothing: signal handlers may call it."""
@@ -126,7 +158,10 @@ class EngineLoop:
             self._residency.close()
 
     def step(self) -> bool:
-        """Schedule, run, postprocess. False where nothing could be run until somebody posts."""
+        """Schedule, run, postprocess. False where nothing could be run until somebody posts, or a
+        deadline comes.
+        """
+        self._expire(time.monotonic())
         schedule = self._scheduler.schedule(time.monotonic())
         self._tell(schedule)
         if not schedule.items:
@@ -143,12 +178,14 @@ class EngineLoop:
             while not self._stopping:
                 if not ran:
                     self._refresh_stats()  # nothing can be run until somebody posts
-                for task in self._mailbox.take(wait=not ran):
+                idle_s = None if ran else self._deadlines.wait_s(time.monotonic())
+                for task in self._mailbox.take(wait=not ran, timeout_s=idle_s):
                     task()
                 ran = self.step()
             self._refresh_stats()
         except Exception as error:
             logger.critical("the step loop has ended by a defect", exc_info=True)
+            self._failed = True
             self.close_door()
             self._dismiss(EngineFailedError(f"the engine has failed: {error}"))
 
@@ -177,8 +214,9 @@ class EngineLoop:
         for sequence in self._scheduler.first_admissions:
             sequence.admitted_at = now
             self._observer.queued(adapter_name(sequence), now - sequence.arrival)
-        for _ in schedule.preempted:
-            self._observer.preempted()
+        for sequence in schedule.preempted:
+            if not sequence.background:
+                self._observer.preempted()
         failed = [
             OutputDelta(sequence.request_id, sequence.index, error=error)
             for sequence, error in self._scheduler.take_failed()
@@ -189,12 +227,12 @@ class EngineLoop:
         if failed:
             self._publish(failed)
 
-    def _add(self, request: GenerationRequest) -> None:
+    def _add(self, request: GenerationRequest, probe: RowProbe | None) -> None:
         sequences = [self._sequence(request, index) for index in range(len(request.params))]
         with self._door:
-            self._posted -= len(sequences)
+            self._posted[request.priority] -= len(sequences)
         try:
-            self._post.open(sequences)
+            self._post.open(sequences, probe)
             self._scheduler.add_all(sequences)
         except ManyhatsError as error:
             self._post.close(sequences)
@@ -202,19 +240,40 @@ class EngineLoop:
         else:
             if request.adapter is not None and self._residency is not None:
                 self._residency.prefetch(request.adapter)
+            if request.deadline is not None:
+                self._deadlines.add(request.request_id, request.deadline)
         self._set_waiting()
 
     def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
+        worn = request.adapter.lanes if request.adapter is not None else (None,)
+        if worn == (request.adapter,):
+            virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
+            return self._computed(request, index, request.adapter, virtual)
+        whole = self._computed(request, index, request.adapter, 0)
+        whole.lanes = tuple(
+            self._computed(request, index, lane, lane.virtual_tokens if lane is not None else 0)
+            for lane in worn
+        )
+        for lane in whole.lanes:
+            lane.whole = whole
+        return whole
+
+    def _computed(
+        self, request: GenerationRequest, index: int, adapter: AdapterRef | None, virtual: int
+    ) -> LiveSequence:
         self._sequence_ids += 1
-        virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
         return LiveSequence(
             id=self._sequence_ids,
             request_id=request.request_id,
             index=index,
             tenant=request.tenant,
             params=request.params[index],
-            adapter=request.adapter,
+            adapter=adapter,
             arrival=request.arrival,
+            deadline=request.deadline,
+            urgency=request.urgency,
+            priority=request.priority,
+            scores_from=request.scores_from,
             prompt_len=virtual + len(request.prompt_token_ids),
             token_ids=[0] * virtual + list(request.prompt_token_ids),
         )
@@ -224,6 +283,18 @@ class EngineLoop:
         ended = self._scheduler.abort(request_id)
         self._post.close(ended)
         return bool(ended)
+
+    def _expire(self, now: float) -> None:
+        """Ends the requests whose time is up, with all they hold."""
+        late = []
+        for request_id in self._deadlines.expired(now):
+            ended = self._scheduler.abort(request_id)
+            self._post.close(ended)
+            if ended:
+                late.append(OutputDelta(request_id, 0, error=out_of_time(ended, now)))
+        if late:
+            self._set_waiting()
+            self._publish(late)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -252,4 +323,5 @@ class EngineLoop:
 
     def _set_waiting(self) -> None:
         with self._door:
-            self._waiting = self._scheduler.num_waiting
+            self._waiting[Priority.NORMAL] = self._scheduler.num_waiting
+            self._waiting[Priority.BACKGROUND] = self._scheduler.num_background[0]

@@ -23,13 +23,15 @@ class Mailbox:
             self._tasks.append(task)
             self._arrived.notify()
 
-    def take(self, *, wait: bool) -> list[Task]:
-        """All tasks so far; with ``wait``, blocks until there is at least one."""
+    def take(self, *, wait: bool, timeout_s: float | None = None) -> list[Task]:
+        """All tasks so far; with ``wait``, blocks until there is at least one, or for
+        ``timeout_s``.
+        """
         if not wait and not self._tasks:  # the common case in a busy loop: no lock
             return []
         with self._arrived:
-            while wait and not self._tasks:
-                self._arrived.wait()
+            if wait:
+                self._arrived.wait_for(lambda: self._tasks, timeout_s)
             tasks = list(self._tasks)
             self._tasks.clear()
             return tasks

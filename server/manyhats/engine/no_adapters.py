@@ -31,5 +31,11 @@ class NoAdapters:
     def prefetch(self, ref: AdapterRef) -> None:
         """Nothing is ever loaded."""
 
+    def pin(self, ref: AdapterRef) -> None:
+        """There is no device to keep anything on."""
+
+    def unpin(self, ref: AdapterRef) -> None:
+        """Nothing was kept."""
+
     def drop(self, ref: AdapterRef) -> None:
         """Nothing was loaded."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import tokenizers
+import torch
 
 from manyhats.engine.detokenize import Detokenizer
+from manyhats.engine.ensembles import united, wholes
 from manyhats.engine.grammar import GrammarMatcher
 from manyhats.engine.grammars import Grammars
 from manyhats.engine.interface import EngineObserver
@@ -26,6 +29,17 @@ from manyhats.types import (
 from manyhats.types import Sequence as LiveSequence
 
 
+class RowProbe(Protocol):
+    """Looks at the rows of a request's prompt in place of scoring them."""
+
+    def rows(self, logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
+        """The next rows in order: [R, V], and what the head made them of, [R, H], where the request
+        is a background one.
+
+        May raise ManyhatsError, which ends the request.
+        """
+
+
 @dataclass(slots=True, eq=False)
 class _Live:
     """What is kept of a sequence beside the scheduler's own state. It survives preemption."""
@@ -33,7 +47,9 @@ class _Live:
     sequence: LiveSequence
     detokenizer: Detokenizer
     matcher: GrammarMatcher | None
+    probe: RowProbe | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    scored: int = 0  # prompt tokens, from the first that is to be scored on
 
 
 class Postprocessor:
@@ -63,8 +79,11 @@ class Postprocessor:
         self._context_len = context_len
         self._live: dict[int, _Live] = {}
 
-    def open(self, sequences: Iterable[LiveSequence]) -> None:
-        """Prepares for new sequences. Raises RequestError for a grammar that cannot be had."""
+    def open(self, sequences: Iterable[LiveSequence], probe: RowProbe | None = None) -> None:
+        """Prepares for new sequences. Raises RequestError for a grammar that cannot be had.
+
+        ``probe`` takes the rows of the one sequence's prompt.
+        """
         for sequence in sequences:
             params = sequence.params
             grammar = self._grammars.compile(params.grammar) if params.grammar is not None else None
@@ -72,6 +91,7 @@ class Postprocessor:
                 sequence,
                 Detokenizer(self._tokenizer, params.stop),
                 grammar.matcher() if grammar is not None else None,
+                probe,
             )
 
     def close(self, sequences: Iterable[LiveSequence]) -> None:
@@ -92,10 +112,10 @@ class Postprocessor:
         drawn = self._sample(logits, errors)
         now = time.monotonic()
         deltas = []
-        for item in schedule.items:
-            if item.sequence.request_id in errors:
+        for ident, items in wholes(schedule.items).items():
+            if items[0].sequence.request_id in errors:
                 continue
-            delta = self._advance(item, drawn.get(item.sequence.id), now)
+            delta = self._advance(items, drawn.get(ident), now)
             if delta is not None:
                 deltas.append(delta)
         for request_id, error in errors.items():
@@ -106,13 +126,19 @@ class Postprocessor:
     def _score_prompt(self, rows: PromptRows, errors: dict[str, ManyhatsError]) -> None:
         """Scores prompt tokens; those done before a preemption are passed over."""
         sequence = rows.item.sequence
-        scores = self._live[sequence.id].prompt_logprobs
-        done = len(scores) - 1 - (rows.first - sequence.virtual_tokens)
+        live = self._live[sequence.id]
+        begin = sequence.virtual_tokens + sequence.scores_from - 1
+        done = live.scored - (rows.first - begin)
         if done >= len(rows.logits):
             return
+        live.scored += len(rows.logits) - done
         targets = sequence.token_ids[rows.first + done + 1 : rows.first + len(rows.logits) + 1]
         try:
-            scores += self._sampler.prompt_logprobs(
+            if live.probe is not None:
+                hidden = rows.hidden[done:] if rows.hidden is not None else None
+                live.probe.rows(rows.logits[done:], hidden)
+                return
+            live.prompt_logprobs += self._sampler.prompt_logprobs(
                 rows.logits[done:], targets, sequence.params.prompt_logprobs or 0, sequence.adapter
             )
         except ManyhatsError as error:
@@ -122,7 +148,7 @@ class Postprocessor:
         self, logits: StepLogits, errors: dict[str, ManyhatsError]
     ) -> dict[int, SampledToken]:
         """The token of each sequence that drew one, by sequence id; failures go to ``errors``."""
-        sequences = [item.sequence for item in logits.sampled]
+        rows, sequences = united(logits.sampling, logits.sampled)
         matchers = {
             row: matcher
             for row, sequence in enumerate(sequences)
@@ -130,7 +156,7 @@ class Postprocessor:
         }
         masks, failed = self._grammars.masks(matchers)
         drawn: dict[int, SampledToken] = {}
-        for row, result in enumerate(self._sampler.sample(logits.sampling, sequences, masks)):
+        for row, result in enumerate(self._sampler.sample(rows, sequences, masks)):
             sequence = sequences[row]
             error = failed.get(row) or (result.error if isinstance(result, RowError) else None)
             if error is not None:
@@ -140,20 +166,21 @@ class Postprocessor:
         return drawn
 
     def _advance(
-        self, item: ScheduledSequence, drawn: SampledToken | None, now: float
+        self, items: Sequence[ScheduledSequence], drawn: SampledToken | None, now: float
     ) -> OutputDelta | None:
-        sequence = item.sequence
+        """``items``: those of one choice, more than one where it is an ensemble's."""
+        sequence = items[0].sequence.whole or items[0].sequence
         live = self._live[sequence.id]
         if drawn is None:
-            self._scheduler.complete(item, None, finished=False)
+            self._scheduler.complete_lanes(items, None, finished=False)
             return None
         if sequence.params.max_tokens == 0:
-            return self._finish_scoring(item, live, now)
+            return self._finish_scoring(items, live, now)
         token = drawn.token_id
         if live.matcher is not None:
             live.matcher.accept(token)
         text, reason = self._judge(sequence, live, token)
-        self._scheduler.complete(item, token, finished=reason is not None)
+        self._scheduler.complete_lanes(items, token, finished=reason is not None)
         first = sequence.first_token_at is None
         self._clock(sequence, now)
         delta = OutputDelta(
@@ -183,15 +210,17 @@ class Postprocessor:
             return piece.text, FinishReason.STOP
         if (
             sequence.output_len + 1 >= params.max_tokens
-            or len(sequence.token_ids) + 1 >= self._context_len
+            or max(len(s.token_ids) for s in sequence.computed) + 1 >= self._context_len
         ):
             return piece.text + live.detokenizer.flush(), FinishReason.LENGTH
         return piece.text, None
 
-    def _finish_scoring(self, item: ScheduledSequence, live: _Live, now: float) -> OutputDelta:
+    def _finish_scoring(
+        self, items: Sequence[ScheduledSequence], live: _Live, now: float
+    ) -> OutputDelta:
         """A request for no token at all: only its prompt's scores were wanted."""
-        sequence = item.sequence
-        self._scheduler.complete(item, None, finished=True)
+        sequence = live.sequence
+        self._scheduler.complete_lanes(items, None, finished=True)
         self._finish(sequence, FinishReason.LENGTH, now)
         return OutputDelta(
             sequence.request_id,
@@ -203,6 +232,8 @@ class Postprocessor:
 
     def _finish(self, sequence: LiveSequence, reason: FinishReason, now: float) -> None:
         self.close((sequence,))
+        if sequence.background:
+            return  # the figures are of live requests
         self._observer.finished(
             adapter_name(sequence),
             reason,
@@ -214,7 +245,9 @@ class Postprocessor:
 
     def _clock(self, sequence: LiveSequence, now: float) -> None:
         name = adapter_name(sequence)
-        if sequence.last_token_at is None:
+        if sequence.background:
+            sequence.first_token_at = sequence.first_token_at or now
+        elif sequence.last_token_at is None:
             sequence.first_token_at = now
             self._observer.first_token(name, now - sequence.arrival)
         else:

@@ -4,7 +4,8 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,12 +23,13 @@ from manyhats_kernels import AdapterBatch, AttentionBatch
 @dataclass(frozen=True, slots=True)
 class PromptRows:
     """Logits of prompt positions: row i predicts token ``first + i + 1`` of the sequence. logits:
-    [rows, V].
+    [rows, V]; ``hidden`` [rows, H]: what the head made them of, for background sequences.
     """
 
     item: ScheduledSequence
     first: int
     logits: torch.Tensor
+    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +102,22 @@ class ModelRunner:
         )
         wanted, prompts = _wanted_rows(items, ends - counts, ends)
         decodes = ids.size == len(items) == wanted.size and not prompts
+        hidden: list[torch.Tensor] = []
+        seen = any(items[index].sequence.background for index, _, _ in prompts)
         try:
             logits = self._decode(items, ids, positions) if decodes else None
             if logits is None:
                 self._begin(items, counts, starts, wanted, self._device)
-                logits = forward(
-                    self._module,
-                    to_device(ids, self._device)[None],
-                    to_device(positions, self._device)[None],
-                    to_device(wanted, self._device),
-                )
+                with _head_input(self._module, hidden) if seen else nullcontext():
+                    logits = forward(
+                        self._module,
+                        to_device(ids, self._device)[None],
+                        to_device(positions, self._device)[None],
+                        to_device(wanted, self._device),
+                    )
         finally:
             self._state.end()
-        return _split(items, logits, prompts)
+        return _split(items, logits, prompts, hidden[0] if hidden else None)
 
     def _decode(
         self, items: Sequence[ScheduledSequence], ids: np.ndarray, positions: np.ndarray
@@ -163,6 +168,17 @@ def forward(
     return logits
 
 
+@contextmanager
+def _head_input(module: nn.Module, into: list[torch.Tensor]) -> Iterator[None]:
+    """Adds what the output head is given to ``into``: [rows, H]."""
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda _, args: into.append(args[0].flatten(0, -2)))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _virtual_rows(
     items: Sequence[ScheduledSequence], begins: np.ndarray
 ) -> list[tuple[int, int, int, int]]:
@@ -188,7 +204,8 @@ def _wanted_rows(
     for index, item in enumerate(items):
         if item.sequence.wants_prompt_logprobs:
             # Nothing scores a virtual token, nor the prompt's first one.
-            skipped = max(0, item.sequence.virtual_tokens - item.start)
+            before = item.sequence.virtual_tokens + item.sequence.scores_from - 1
+            skipped = max(0, before - item.start)
             count = min(item.count, item.sequence.prompt_len - 1 - item.start) - skipped
             if count > 0:
                 prompts.append((index, item.start + skipped, count))
@@ -203,10 +220,13 @@ def _split(
     items: Sequence[ScheduledSequence],
     logits: torch.Tensor,
     prompts: Sequence[tuple[int, int, int]],
+    hidden: torch.Tensor | None,
 ) -> StepLogits:
     offset = 0
     pieces: list[PromptRows] = []
     for index, first, count in prompts:
-        pieces.append(PromptRows(items[index], first, logits[offset : offset + count]))
+        rows = slice(offset, offset + count)
+        states = hidden[rows] if hidden is not None else None
+        pieces.append(PromptRows(items[index], first, logits[rows], states))
         offset += count
     return StepLogits([i for i in items if i.samples], logits[offset:], pieces)

@@ -86,8 +86,8 @@ def newest(db: sqlite3.Connection) -> tuple[int, str]:
     return (0, GENESIS) if row is None else (int(row[0]), str(row[1]))
 
 
-def append(
-    db: sqlite3.Connection,
+def following(
+    previous: tuple[int, str],
     *,
     at: str,
     cause: Cause,
@@ -95,11 +95,10 @@ def append(
     name: str,
     before: Mapping[str, Any],
     after: Mapping[str, Any],
-) -> None:
-    """Write the next entry, in the transaction of the change that it tells of."""
-    seq, previous = newest(db)
-    fields = {
-        "seq": seq + 1,
+) -> AuditEntry:
+    """The entry of a change that comes after ``previous``: (number, hash) of the newest one."""
+    fields: dict[str, Any] = {
+        "seq": previous[0] + 1,
         "at": at,
         "actor": cause.actor,
         "action": action,
@@ -107,13 +106,18 @@ def append(
         "reason": cause.reason,
         "before": before,
         "after": after,
-        "previous": previous,
+        "previous": previous[1],
     }
-    row = {**fields, "before": canonical(before), "after": canonical(after)}
+    return AuditEntry(**fields, hash=entry_hash(fields))
+
+
+def insert(db: sqlite3.Connection, entry: AuditEntry) -> None:
+    """Write an entry, in the transaction of the change that it tells of."""
+    row = entry.shown()
     db.execute(
         "INSERT INTO audit VALUES (:seq, :at, :actor, :action, :name, :reason, :before, :after, "
         ":previous, :hash)",
-        {**row, "hash": entry_hash(fields)},
+        {**row, "before": canonical(row["before"]), "after": canonical(row["after"])},
     )
 
 

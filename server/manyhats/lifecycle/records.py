@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -47,7 +47,8 @@ class AdapterRecord:
     """One registered version.
 
     ``nbytes`` is the size of its parts, ``created`` in Unix seconds, ``source`` says where it came
-    from (a folder, ``upload``), ``actor`` who registered it.
+    from (a folder, ``upload``), ``actor`` who registered it, ``since`` when it got its state (0:
+    with its registration). A field is added at the end, with a default; see ``documents.py``.
     """
 
     ref: AdapterRef
@@ -61,6 +62,7 @@ class AdapterRecord:
     actor: str = ""
     revision: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    since: int = 0
 
     def audited(self) -> dict[str, Any]:
         """What the audit log keeps of it."""
@@ -126,6 +128,23 @@ def check_no_member(entries: Iterable[Entry], name: str, version: int | None) ->
             f"{', '.join(holders[:5])}; delete those first",
             param="name",
         )
+
+
+def check_removable(
+    entry: Entry,
+    gone: Sequence[AdapterRecord],
+    kept: Sequence[AdapterRecord],
+    version: int | None,
+    *,
+    force: bool,
+) -> None:
+    """Raises ConflictError, see ``Registry.delete``."""
+    if kept and version is not None:
+        routed = entry.route.holds(version)
+        if routed and (not force or version == entry.route.stable):
+            raise held(entry, str(gone[0].ref), "deleted")
+    elif len(gone) > 1 and not force:
+        raise held(entry, f"{entry.name!r} with its {len(gone)} versions", "deleted without force")
 
 
 def check_name(name: str) -> None:

@@ -1,94 +1,100 @@
 """The registry: which names exist, their immutable versions, and the route of each name.
 
-SQLite holds the truth; a snapshot in memory answers every read, so that the way of a request
-touches no disk. A change is one transaction together with its entry in the audit log, and returns
-once it is on the disk: it survives kill -9. The next read after that sees it.
+A store holds the truth (``store.py``: SQLite, or Redis for replicas); a snapshot in memory answers
+every read, so that the way of a request touches neither disk nor network. A change is one
+transaction together with its entry in the audit log, and returns once the store has it: it survives
+kill -9. The next read after that sees it; on other replicas one as soon as they are told.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import threading
+import hashlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from manyhats.adapters.lock import FileLock
-from manyhats.errors import (
-    ConfigError,
-    ConflictError,
-    ModelNotFoundError,
-    ServiceError,
-)
-from manyhats.lifecycle import audit, routes, tables
+from manyhats.errors import ConfigError, ConflictError, ModelNotFoundError, ServiceError
+from manyhats.lifecycle import routes
 from manyhats.lifecycle.access import Access, OwnersOnly, check_quota
 from manyhats.lifecycle.audit import AuditEntry, Cause
-from manyhats.lifecycle.database import open_database, transaction
+from manyhats.lifecycle.compositions import BASE_DIGEST
+from manyhats.lifecycle.ledger import Change, Ledger
 from manyhats.lifecycle.records import (
     AdapterRecord,
     Entry,
     Registration,
     State,
     check_name,
+    check_no_member,
+    check_removable,
     held,
     route_json,
 )
 from manyhats.lifecycle.routes import BASELINE, Route
+from manyhats.lifecycle.snapshot import Difference
+from manyhats.lifecycle.store import RegistryStore
+from manyhats.lifecycle.store_sqlite import SqliteRegistryStore
 from manyhats.types import AdapterRef, Composition, Digest, TenantId
-
-_T = TypeVar("_T")
 
 
 class Registry:
-    """Names and versions in the SQLite file ``path``. Thread-safe; reads never block on the disk.
+    """Names and versions in ``store``; a path is that of a SQLite file, opened for this process
+    alone. Thread-safe; reads never block on the store.
 
     ``max_versions`` bounds the versions kept in all; ``access`` says who may use what is another
-    tenant's (default: nobody). Raises ConfigError where the file is not a registry, is of a newer
-    format, or is in use by another process (its snapshot would go stale).
+    tenant's (default: nobody). Raises ConfigError where there is no registry to read (see the
+    stores).
     """
 
     def __init__(
         self,
-        path: Path,
+        store: RegistryStore | Path,
         *,
         max_versions: int,
         clock: Callable[[], float] = time.time,
         access: Access | None = None,
     ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._store = SqliteRegistryStore(store) if isinstance(store, Path) else store
         self._max_versions = max_versions
         self._clock = clock
         self.access: Access = access or OwnersOnly()
-        self._writing = threading.Lock()
-        self._reading = threading.Lock()
-        self._owner = FileLock(path.with_name(path.name + ".lock"))
         try:
-            self._db = open_database(path)
-            self._entries = tables.read_entries(self._db)
-            [self._key] = self._db.execute("SELECT key FROM draw").fetchone()
-        except sqlite3.Error as exc:
-            self._owner.release()
-            raise ConfigError(f"the registry {path} cannot be opened: {exc}") from exc
-        except ConfigError:
-            self._owner.release()
-            raise
-        self._generation = 0
-        self._uses = Counter(r.ref.digest for e in self._entries.values() for r in e.versions)
+            self._ledger = Ledger(self._store, clock)
+        except ServiceError as exc:
+            self._store.close()
+            raise ConfigError(f"the registry cannot be opened: {exc.message}") from exc
+        self._snapshot = self._ledger.snapshot
 
     def close(self) -> None:
-        """Close the file and give it up to another process."""
-        with self._writing:
-            self._db.close()
-            self._owner.release()
+        """Give up the store, a file to another process."""
+        with self._ledger.lock:
+            self._store.close()
+
+    @property
+    def store(self) -> RegistryStore:
+        """What it is kept in."""
+        return self._store
+
+    @property
+    def revision(self) -> int:
+        """The number of changes that the snapshot holds."""
+        return self._snapshot.head.seq
+
+    def follow(self, follower: Callable[[Difference], None]) -> None:
+        """From now on ``follower`` is told what others change in a shared store; see ``Ledger``."""
+        self._ledger.follower = follower
+
+    @property
+    def identity(self) -> str:
+        """What the registry is known by; nobody draws a key from it."""
+        return hashlib.sha256(self._store.key).hexdigest()
 
     @property
     def draw_key(self) -> bytes:
-        """The key of the hash that draws callers to a canary; the same as long as the file."""
-        return bytes(self._key)
+        """The key of the hash that draws callers to a canary; the same as long as the store."""
+        return self._store.key
 
     def add(
         self,
@@ -107,96 +113,110 @@ class Registry:
         """The next version of ``name``, or its newest one where that has the same digest already
         (which changes nothing then, the route neither).
 
-        On the disk when it returns. Raises RequestError (the name), ConflictError (the name is
-        another tenant's, or the bound of versions is reached), PermissionDeniedError (the tenant's
-        quota), ServiceError (the disk).
+        In the store when it returns. Raises RequestError (the name), ConflictError (the name is
+        another tenant's, a member is gone, or the bound of versions is reached),
+        PermissionDeniedError (the tenant's quota), ServiceError (the store).
         """
         check_name(name)
         told = registration or Registration()
-        with self._writing:
-            entry = self.entry(name)
+
+        def plan() -> Change | None:
+            entry, last = self.entry(name), self._snapshot.document(name).last_version
             versions = entry.versions if entry else ()
             if versions and versions[-1].tenant != tenant:
                 raise ConflictError(f"name {name!r} is taken", param="name")
             if versions and versions[-1].ref.digest == digest:
-                return versions[-1].ref
+                return None
             self._check_room()
-            check_quota(self.access, tenant, self._sizes(tenant), nbytes)
+            self._check_members(composition)
+            check_quota(self.access, tenant, self._snapshot.sizes(tenant), nbytes)
+            record = AdapterRecord(
+                AdapterRef(name, last + 1, digest, virtual_tokens, composition),
+                tenant,
+                family,
+                max_rank,
+                nbytes,
+                int(self._clock()),
+                source,
+                actor=told.cause.actor,
+                revision=told.revision,
+                metadata=told.metadata,
+            )
             newest = versions[-1].ref.version if versions else BASELINE
+            before = entry.route if entry else None
+            route = routes.registered(before, last + 1, newest, told.promote)
+            after = {**record.audited(), "route": route.shown()}
+            added = Entry((*versions, record), route)
+            return Change("register", name, added, route_json(before), after)
 
-            def run(db: sqlite3.Connection) -> Entry:
-                version = tables.next_version(db, name)
-                ref = AdapterRef(name, version, digest, virtual_tokens, composition)
-                record = AdapterRecord(
-                    ref,
-                    tenant,
-                    family,
-                    max_rank,
-                    nbytes,
-                    int(self._clock()),
-                    source,
-                    actor=told.cause.actor,
-                    revision=told.revision,
-                    metadata=told.metadata,
-                )
-                before = entry.route if entry else None
-                route = routes.registered(before, ref.version, newest, told.promote)
-                tables.insert_version(db, record)
-                tables.set_route(db, name, route)
-                after = {**record.audited(), "route": route.shown()}
-                self._audit(db, told.cause, "register", name, route_json(before), after)
-                return Entry((*versions, record), route)
-
-            added = self._write(run)
-            self._swap(name, added)
-            return added.versions[-1].ref
+        with self._ledger.lock:
+            self._ledger.commit(told.cause, plan)
+            return self._existing(name).versions[-1].ref
 
     def change(
         self, name: str, action: str, cause: Cause, update: Callable[[Entry], Route]
     ) -> Route:
         """Give ``name`` the route that ``update`` makes of what there is; that route.
 
-        Nothing is written where it is the same. Raises ModelNotFoundError (no such name), what
-        ``update`` raises, ServiceError (the disk).
+        Nothing is written where it is the same. ``update`` is called again where another replica
+        was faster. Raises ModelNotFoundError (no such name), what ``update`` raises, ServiceError.
         """
-        with self._writing:
+
+        def plan() -> Change | None:
             entry = self._existing(name)
             route = update(entry)
             if route == entry.route:
-                return route
+                return None
+            after = Entry(entry.versions, route)
+            return Change(action, name, after, entry.route.shown(), route.shown())
 
-            def run(db: sqlite3.Connection) -> None:
-                tables.set_route(db, name, route)
-                self._audit(db, cause, action, name, entry.route.shown(), route.shown())
+        with self._ledger.lock:
+            self._ledger.commit(cause, plan)
+            return self._existing(name).route
 
-            self._write(run)
-            self._swap(name, Entry(entry.versions, route))
-            return route
+    def change_version(
+        self,
+        name: str,
+        version: int,
+        action: str,
+        cause: Cause,
+        update: Callable[[Entry, AdapterRecord], AdapterRecord],
+    ) -> AdapterRecord:
+        """Put what ``update`` makes of a version in its place, as ``change`` does for a route.
+
+        The log has what ``AdapterRecord.audited`` gives before and after. Raises
+        ModelNotFoundError, what ``update`` raises, ServiceError.
+        """
+
+        def plan() -> Change | None:
+            entry = self._existing(name)
+            record = self._version(entry, version)
+            changed = update(entry, record)
+            if changed == record:
+                return None
+            versions = tuple(changed if r is record else r for r in entry.versions)
+            after = Entry(versions, entry.route)
+            return Change(action, name, after, record.audited(), changed.audited())
+
+        with self._ledger.lock:
+            self._ledger.commit(cause, plan)
+            return self._version(self._existing(name), version)
 
     def set_state(self, name: str, version: int, state: State, cause: Cause) -> None:
         """Retire a version that no request is routed to, or make a retired one ready again.
 
-        Raises ModelNotFoundError, ConflictError (it is routed), ServiceError (the disk).
+        Raises ModelNotFoundError, ConflictError (it is routed), ServiceError.
         """
-        with self._writing:
-            entry = self._existing(name)
-            record = entry.find(version)
-            if record is None:
-                entry.ready(version)
-            if record is None or record.state is state:
-                return
+
+        def update(entry: Entry, record: AdapterRecord) -> AdapterRecord:
+            if record.state is state:
+                return record
             if state is State.RETIRED and entry.route.holds(version):
                 raise held(entry, str(record.ref), "retired")
-            changed = replace(record, state=state)
+            return replace(record, state=state, since=int(self._clock()))
 
-            def run(db: sqlite3.Connection) -> None:
-                tables.set_state(db, record, state)
-                action = "retire" if state is State.RETIRED else "unretire"
-                self._audit(db, cause, action, name, record.audited(), changed.audited())
-
-            self._write(run)
-            versions = tuple(changed if r is record else r for r in entry.versions)
-            self._swap(name, Entry(versions, entry.route))
+        action = "retire" if state is State.RETIRED else "unretire"
+        self.change_version(name, version, action, cause, update)
 
     def delete(
         self,
@@ -205,48 +225,49 @@ class Registry:
         *,
         force: bool = True,
         cause: Cause | None = None,
+        action: str = "delete",
+        only: Callable[[AdapterRecord], bool] = lambda record: True,
     ) -> tuple[AdapterRecord, ...]:
-        """Remove and return every version of ``name``, or the one named; its counter stays.
+        """Remove and return every version of ``name``, or the one named, for which ``only`` holds;
+        its counter stays.
 
         Unless ``force``, a name with several versions and a version that requests are routed to are
         refused (ConflictError); the stable version always is, as long as there are others. Raises
         ServiceError.
         """
-        with self._writing:
+        removed: list[AdapterRecord] = []
+
+        def plan() -> Change | None:
             entry = self.entry(name)
-            if entry is None:
-                return ()
-            gone = tuple(r for r in entry.versions if version in (None, r.ref.version))
-            kept = tuple(r for r in entry.versions if r not in gone)
-            if gone and kept and version is not None:
-                routed = entry.route.holds(version)
-                if routed and (not force or version == entry.route.stable):
-                    raise held(entry, str(gone[0].ref), "deleted")
-            elif len(gone) > 1 and not force:
-                raise held(
-                    entry, f"{name!r} with its {len(gone)} versions", "deleted without force"
-                )
-            if not gone:
-                return ()
-            route = routes.without(entry.route, gone[0].ref.version) if kept else None
+            removed[:] = [
+                r
+                for r in (entry.versions if entry else ())
+                if version in (None, r.ref.version) and only(r)
+            ]
+            if entry is None or not removed:
+                return None
+            kept = tuple(r for r in entry.versions if r not in removed)
+            check_no_member(self._snapshot.entries(), name, version)
+            check_removable(entry, removed, kept, version, force=force)
+            route = routes.without(entry.route, removed[0].ref.version) if kept else None
             if not kept:
                 self.access.forget(name)  # first: a death between leaves it private
+            before = {"versions": [r.audited() for r in removed], "route": entry.route.shown()}
+            after = Entry(kept, route) if route else None
+            return Change(action, name, after, before, route_json(route))
 
-            def run(db: sqlite3.Connection) -> None:
-                for record in gone:
-                    tables.delete_version(db, record)
-                tables.set_route(db, name, route)
-                before = {"versions": [r.audited() for r in gone], "route": entry.route.shown()}
-                self._audit(db, cause or Cause(), "delete", name, before, route_json(route))
+        with self._ledger.lock:
+            self._ledger.commit(cause or Cause(), plan)
+        return tuple(removed)
 
-            self._write(run)
-            self._swap(name, Entry(kept, route) if route else None)
-            return gone
+    def note(self, action: str, cause: Cause, told: Mapping[str, Any]) -> None:
+        """An entry in the audit log of what concerns no name. Raises ServiceError."""
+        with self._ledger.lock:
+            self._ledger.commit(cause, lambda: Change(action, "", None, {}, told))
 
     def entry(self, name: str) -> Entry | None:
         """The versions of ``name`` and its route, of one moment."""
-        with self._reading:
-            return self._entries.get(name)
+        return self._snapshot.entry(name)
 
     def list(self, tenant: TenantId) -> list[AdapterRecord]:
         """Every version of each name that the tenant may use, by name, oldest first."""
@@ -258,41 +279,36 @@ class Registry:
 
     def entries(self) -> tuple[Entry, ...]:
         """Every name, sorted."""
-        with self._reading:
-            found = tuple(self._entries.values())
-        return tuple(sorted(found, key=lambda entry: entry.name))
+        return tuple(sorted(self._snapshot.entries(), key=lambda entry: entry.name))
 
     def scheduled(self) -> tuple[Entry, ...]:
         """The names whose canary has a schedule."""
-        with self._reading:
-            found = tuple(self._entries.values())
+        found = self._snapshot.entries()
         return tuple(e for e in found if e.route.canary and e.route.canary.schedule)
 
     def audit(
         self, *, name: str | None = None, after: int = 0, limit: int = 100
     ) -> tuple[AuditEntry, ...]:
-        """Entries of the audit log, see ``audit.read``. Blocks on the disk. Raises ServiceError."""
-        with self._writing:
-            try:
-                return audit.read(self._db, name=name, after=after, limit=limit)
-            except sqlite3.Error as exc:
-                raise ServiceError(f"the registry cannot be read: {exc}") from exc
+        """Entries of the audit log (``audit.read``). Blocks on the store; raises ServiceError."""
+        return tuple(self._store.audit(name=name, after=after, limit=limit))
 
     @property
     def generation(self) -> int:
         """Grows with every change."""
-        with self._reading:
-            return self._generation
+        return self._snapshot.generation
 
     def uses(self, digest: Digest) -> int:
         """How many versions have this content."""
-        with self._reading:
-            return self._uses[digest]
+        return self._snapshot.uses(digest)
 
     def digests(self) -> set[Digest]:
         """The content of every version that the store keeps: compositions have none there."""
-        refs = [record.ref for entry in self.entries() for record in entry.versions]
+        refs = [r.ref for entry in self._snapshot.entries() for r in entry.versions]
         return {ref.digest for ref in refs if ref.composition is None}
+
+    def refresh(self) -> None:
+        """Take over what others have written to a shared store. Raises ServiceError."""
+        self._ledger.refresh()
 
     def _existing(self, name: str) -> Entry:
         entry = self.entry(name)
@@ -300,49 +316,29 @@ class Registry:
             raise ModelNotFoundError(f"no adapter {name[:140]!r}", param="name")
         return entry
 
-    def _swap(self, name: str, entry: Entry | None) -> None:
-        """Make a change visible."""
-        with self._reading:
-            self._generation += 1
-            old = self._entries.pop(name, None)
-            if entry is not None:
-                self._entries[name] = entry
-                self._uses.update(r.ref.digest for r in entry.versions)
-            for record in old.versions if old else ():
-                self._uses[record.ref.digest] -= 1
-                if not self._uses[record.ref.digest]:
-                    del self._uses[record.ref.digest]
+    @staticmethod
+    def _version(entry: Entry, version: int) -> AdapterRecord:
+        record = entry.find(version)
+        if record is None:
+            entry.ready(version)  # says which there are
+            raise ModelNotFoundError(f"{entry.name}@{version}: no such version", param="version")
+        return record
 
-    def _sizes(self, tenant: TenantId) -> Iterator[int]:
-        """Bytes of each version that is the tenant's own."""
-        owned = (e for e in self._entries.values() if e.owner == tenant)
-        return (record.nbytes for entry in owned for record in entry.versions)
+    def _check_members(self, composition: Composition | None) -> None:
+        """Raises ConflictError where a member is no version any more."""
+        for member in composition.members if composition else ():
+            if member.digest == BASE_DIGEST:
+                continue
+            entry = self.entry(member.name)
+            record = entry.find(member.version) if entry else None
+            if record is None or record.ref.digest != member.digest:
+                raise ConflictError(f"{member} has changed meanwhile", param="composition")
 
     def _check_room(self) -> None:
         """Raises ConflictError where no further version may be added."""
-        with self._reading:
-            count = self._uses.total()
+        count = self._snapshot.versions()
         if count >= self._max_versions:
             raise ConflictError(
                 f"{count} adapter versions are registered, the bound is {self._max_versions} "
                 "(max_adapters); delete some first"
             )
-
-    def _audit(
-        self,
-        db: sqlite3.Connection,
-        cause: Cause,
-        action: str,
-        name: str,
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
-    ) -> None:
-        at = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
-        audit.append(db, at=at, cause=cause, action=action, name=name, before=before, after=after)
-
-    def _write(self, run: Callable[[sqlite3.Connection], _T]) -> _T:
-        """``run`` in one transaction: all of it is on the disk afterwards, or none."""
-        try:
-            return transaction(self._db, run)
-        except sqlite3.Error as exc:
-            raise ServiceError(f"the registry cannot be written: {exc}") from exc

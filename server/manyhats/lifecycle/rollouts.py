@@ -19,6 +19,7 @@ from manyhats.lifecycle.audit import MAX_REASON, AuditEntry, Cause
 from manyhats.lifecycle.records import Entry, State
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.routes import Canary, Route, Schedule
+from manyhats.lifecycle.stepping import held, is_due, next_step
 from manyhats.types import TenantId
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,25 @@ Find = Callable[[str, TenantId], Entry]
 
 Check = Callable[[str, Route], str | None]
 """Asked before a scheduled canary goes on: why it must not, or None."""
+
+
+Gate = Callable[[str, TenantId, int], str | None]
+"""Why requests should not be routed to a version of a name, or None."""
+
+
+def _open(_name: str, _tenant: TenantId, _version: int) -> None:
+    """The gate where there is none."""
+
+
+def _forced(cause: Cause, objection: str, *, force: bool) -> Cause:
+    """The cause of a promotion against the gate. Raises ConflictError, RequestError."""
+    if not force:
+        raise ConflictError(
+            f"{objection}; promote it all the same with force and a reason", param="version"
+        )
+    if not cause.reason.strip():
+        raise RequestError("reason: a forced promotion needs one", param="reason")
+    return replace(cause, reason=f"{cause.reason} [forced: {objection}]"[:MAX_REASON])
 
 
 class Rollouts:
@@ -46,17 +66,34 @@ class Rollouts:
         self._registry = registry
         self._find = find
         self._clock = clock
+        self.gate: Gate = _open
 
     def promote(
-        self, name: str, tenant: TenantId, cause: Cause, version: int | None = None
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        version: int | None = None,
+        *,
+        force: bool = False,
     ) -> Route:
-        """Make ``version`` (None: the canary) the stable one; no canary is left."""
+        """Make ``version`` (None: the canary) the stable one; no canary is left.
+
+        What the gate objects to is a ConflictError, unless ``force`` with a reason, which the audit
+        log keeps together with the objection.
+        """
 
         def update(entry: Entry) -> Route:
             wanted = version
             if wanted is None:
                 wanted = _canary(entry).version
             return routes.promoted(entry.route, entry.ready(wanted))
+
+        entry = self._find(name, tenant)
+        wanted = version if version is not None else _canary(entry).version
+        objection = self.gate(name, tenant, entry.ready(wanted))
+        if objection is not None:
+            cause = _forced(cause, objection, force=force)
 
         return self._change(name, tenant, "promote", cause, update)
 
@@ -82,9 +119,39 @@ class Rollouts:
                     f"version {wanted} is not the canary: {entry.route.described()}",
                     param="version",
                 )
+            if percent:
+                self._pass(name, tenant, wanted)
             return routes.with_canary(entry.route, wanted, float(percent))
 
         return self._change(name, tenant, "canary", cause, update)
+
+    def shadow(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        *,
+        version: int | None,
+        percent: float,
+    ) -> Route:
+        """``version`` (None: the shadow) also runs for ``percent`` (0 to 100) of the requests that
+        give the name, and is measured, not answered with; 0 ends it.
+
+        Raises RequestError as well (the percentage).
+        """
+        _check_percent(percent, "percent")
+
+        def update(entry: Entry) -> Route:
+            shadow = entry.route.shadow
+            if version is None and shadow is None:
+                raise ConflictError(
+                    f"adapter {entry.name!r} has no shadow: {entry.route.described()}",
+                    param="version",
+                )
+            wanted = entry.ready(shadow.version if version is None and shadow else version or 0)
+            return routes.with_shadow(entry.route, wanted, float(percent))
+
+        return self._change(name, tenant, "shadow", cause, update)
 
     def schedule(
         self,
@@ -115,18 +182,21 @@ class Rollouts:
 
         def update(entry: Entry) -> Route:
             wanted = entry.ready(_canary(entry).version if version is None else version)
+            self._pass(name, tenant, wanted)
             return routes.with_canary(entry.route, wanted, plan.steps[0], plan)
 
         return self._change(name, tenant, "schedule", cause, update)
 
-    def hold(self, name: str, tenant: TenantId, cause: Cause) -> Route:
-        """Keep a scheduled canary where it is until ``resume``."""
+    def hold(
+        self, name: str, tenant: TenantId, cause: Cause, *, seen: Route | None = None
+    ) -> Route:
+        """Keep a scheduled canary where it is until ``resume``. ``seen``: see ``rollback``."""
 
         def update(entry: Entry) -> Route:
             plan = replace(_schedule(entry), held=cause.reason or "held")
             return replace(entry.route, canary=replace(_canary(entry), schedule=plan))
 
-        return self._change(name, tenant, "hold", cause, update)
+        return self._change(name, tenant, "hold", cause, _unless_moved(update, seen))
 
     def resume(self, name: str, tenant: TenantId, cause: Cause) -> Route:
         """Let a held canary go on: its present step begins anew."""
@@ -138,11 +208,20 @@ class Rollouts:
 
         return self._change(name, tenant, "resume", cause, update)
 
-    def rollback(self, name: str, tenant: TenantId, cause: Cause, to: int | None = None) -> Route:
+    def rollback(
+        self,
+        name: str,
+        tenant: TenantId,
+        cause: Cause,
+        to: int | None = None,
+        *,
+        seen: Route | None = None,
+    ) -> Route:
         """End the canary, and go to version ``to`` or BASELINE.
 
         None undoes the last step: it ends a canary and leaves the stable version; where there is no
-        canary, what was stable before is so again.
+        canary, what was stable before is so again. ``seen``: only if the name still has this route
+        (ConflictError otherwise).
         """
 
         def update(entry: Entry) -> Route:
@@ -152,7 +231,7 @@ class Rollouts:
             entry.ready(route.stable, "to")
             return route
 
-        return self._change(name, tenant, "rollback", cause, update)
+        return self._change(name, tenant, "rollback", cause, _unless_moved(update, seen))
 
     def retire(
         self, name: str, tenant: TenantId, cause: Cause, version: int, *, retired: bool = True
@@ -178,12 +257,24 @@ class Rollouts:
         """
         now = self._clock()
         for entry in self._registry.scheduled():
-            if _is_due(entry.route, now):
+            if is_due(entry.route, now):
                 self._advance(entry, check(entry.name, entry.route) if check else None, now)
+
+    def objection(self, name: str, route: Route) -> str | None:
+        """The gate's answer for a scheduled canary: what ``tick`` takes."""
+        entry = self._registry.entry(name)
+        if entry is None or route.canary is None:
+            return None
+        return self.gate(name, entry.owner, route.canary.version)
+
+    def _pass(self, name: str, tenant: TenantId, version: int) -> None:
+        objection = self.gate(name, tenant, version)
+        if objection is not None:
+            raise ConflictError(objection, param="version")
 
     def _advance(self, seen: Entry, objection: str | None, now: float) -> None:
         if objection:
-            self._apply(seen, "hold", objection, lambda entry: _held(entry.route, objection))
+            self._apply(seen, "hold", objection, lambda entry: held(entry.route, objection))
         elif seen.route.canary is not None and seen.route.canary.percent >= 100:
             version = seen.route.canary.version
             self._apply(
@@ -193,7 +284,7 @@ class Rollouts:
                 lambda e: routes.promoted(e.route, version),
             )
         else:
-            self._apply(seen, "advance", "the step has ended", lambda e: _next_step(e.route, now))
+            self._apply(seen, "advance", "the step has ended", lambda e: next_step(e.route, now))
 
     def _apply(
         self, seen: Entry, action: str, reason: str, update: Callable[[Entry], Route]
@@ -222,6 +313,17 @@ class Rollouts:
         return route
 
 
+def _unless_moved(update: Callable[[Entry], Route], seen: Route | None) -> Callable[[Entry], Route]:
+    """``update``, refused where the route is not ``seen`` any more."""
+
+    def checked(entry: Entry) -> Route:
+        if seen is not None and entry.route != seen:
+            raise ConflictError(f"the route of {entry.name!r} has changed meanwhile")
+        return update(entry)
+
+    return checked
+
+
 def _check(cause: Cause) -> None:
     if len(cause.reason) > MAX_REASON:
         raise RequestError(f"reason: at most {MAX_REASON} characters", param="reason")
@@ -243,26 +345,3 @@ def _schedule(entry: Entry) -> Schedule:
     if schedule is None:
         raise ConflictError(f"the canary of {entry.name!r} has no schedule")
     return schedule
-
-
-def _is_due(route: Route, now: float) -> bool:
-    schedule = route.canary.schedule if route.canary else None
-    if route.canary is None or schedule is None or schedule.held or now < schedule.due:
-        return False
-    return route.canary.percent >= 100 or schedule.step + 1 < len(schedule.steps)
-
-
-def _held(route: Route, reason: str) -> Route:
-    if route.canary is None or route.canary.schedule is None:
-        return route
-    schedule = replace(route.canary.schedule, held=reason[:MAX_REASON])
-    return replace(route, canary=replace(route.canary, schedule=schedule))
-
-
-def _next_step(route: Route, now: float) -> Route:
-    if route.canary is None or route.canary.schedule is None:
-        return route
-    plan = route.canary.schedule
-    step = plan.step + 1
-    plan = replace(plan, step=step, due=now + plan.step_s)
-    return replace(route, canary=Canary(route.canary.version, plan.steps[step], plan))

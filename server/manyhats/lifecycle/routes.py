@@ -62,15 +62,26 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
+class Shadow:
+    """A version that also runs for ``percent`` (over 0, up to 100) of the requests, unseen."""
+
+    version: int
+    percent: float
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """What a name means. ``stable`` and ``previous`` are versions or BASELINE.
 
-    ``previous`` is what was stable before; None where nothing was.
+    ``previous`` is what was stable before; None where nothing was. ``pinned``: the versions that
+    stay on the device, ascending.
     """
 
     stable: int
     previous: int | None = None
     canary: Canary | None = None
+    shadow: Shadow | None = None
+    pinned: tuple[int, ...] = ()
 
     def target(self, hint: RouteHint, *, draw: float) -> int:
         """The version that a request gets, or BASELINE. ``draw`` in [0, 100), see ``drawn``."""
@@ -80,8 +91,9 @@ class Route:
         return self.canary.version if chosen else self.stable
 
     def holds(self, version: int) -> bool:
-        """Whether requests may get the version."""
-        return version in (self.stable, self.canary.version if self.canary else None)
+        """Whether requests may get the version, or it is its shadow, or pinned."""
+        others = {part.version for part in (self.canary, self.shadow) if part is not None}
+        return version == self.stable or version in others or version in self.pinned
 
     def shown(self) -> dict[str, Any]:
         """The route as JSON; ``parse`` reads it."""
@@ -97,14 +109,23 @@ class Route:
                 "held": schedule.held,
             }
         previous = None if self.previous is None else _shown(self.previous)
-        return {"stable": _shown(self.stable), "previous": previous, "canary": canary}
+        stable = _shown(self.stable)
+        shown: dict[str, Any] = {"stable": stable, "previous": previous, "canary": canary}
+        if self.shadow is not None:
+            shown["shadow"] = {"version": self.shadow.version, "percent": self.shadow.percent}
+        if self.pinned:
+            shown["pinned"] = list(self.pinned)
+        return shown
 
     def described(self) -> str:
         """The route in words."""
-        stable = f"stable {_shown(self.stable)}"
-        if self.canary is None:
-            return stable
-        return f"{stable}, canary {self.canary.version} ({self.canary.percent:g} %)"
+        words = [f"stable {_shown(self.stable)}"]
+        for kind, part in (("canary", self.canary), ("shadow", self.shadow)):
+            if part is not None:
+                words.append(f"{kind} {part.version} ({part.percent:g} %)")
+        if self.pinned:
+            words.append(f"pinned {', '.join(map(str, self.pinned))}")
+        return ", ".join(words)
 
 
 def parse(value: Mapping[str, Any]) -> Route:
@@ -115,7 +136,14 @@ def parse(value: Mapping[str, Any]) -> Route:
         schedule = steps and Schedule(**{**steps, "steps": tuple(steps["steps"])})
         canary = Canary(found["version"], found["percent"], schedule)
     previous = value.get("previous")
-    return Route(_number(value["stable"]), None if previous is None else _number(previous), canary)
+    shadow = value.get("shadow")
+    return Route(
+        _number(value["stable"]),
+        None if previous is None else _number(previous),
+        canary,
+        shadow and Shadow(**shadow),
+        tuple(value.get("pinned", ())),
+    )
 
 
 def drawn(key: bytes, name: str, version: int, sticky: str) -> float:
@@ -143,9 +171,10 @@ def registered(route: Route | None, version: int, newest: int, promote: bool | N
 
 
 def promoted(route: Route, version: int) -> Route:
-    """``version`` is the stable one; no canary is left."""
+    """``version`` is the stable one; no canary is left, and it is its own shadow no longer."""
     previous = route.previous if route.stable == version else route.stable
-    return Route(version, previous)
+    shadow = None if route.shadow and route.shadow.version == version else route.shadow
+    return replace(route, stable=version, previous=previous, canary=None, shadow=shadow)
 
 
 def with_canary(
@@ -161,6 +190,23 @@ def with_canary(
     return replace(route, canary=Canary(version, percent, schedule))
 
 
+def with_shadow(route: Route, version: int, percent: float) -> Route:
+    """``version`` runs unseen for ``percent`` of the requests; 0 ends it. Raises ConflictError."""
+    if not percent:
+        return replace(route, shadow=None)
+    if version == route.stable:
+        raise ConflictError(
+            f"version {version} is the stable one: another one can be its shadow", param="version"
+        )
+    return replace(route, shadow=Shadow(version, percent))
+
+
+def with_pin(route: Route, version: int, *, pinned: bool) -> Route:
+    """``version`` stays on the device, or need not any longer."""
+    others = {v for v in route.pinned if v != version}
+    return replace(route, pinned=tuple(sorted(others | {version} if pinned else others)))
+
+
 def undone(route: Route) -> Route:
     """The canary ended; where there is none, what was stable before. Raises ConflictError."""
     if route.canary is not None:
@@ -172,8 +218,13 @@ def undone(route: Route) -> Route:
 
 def without(route: Route, version: int) -> Route:
     """The route once ``version``, which is not the stable one, is gone."""
-    canary = None if route.canary and route.canary.version == version else route.canary
-    return Route(route.stable, None if route.previous == version else route.previous, canary)
+    return replace(
+        route,
+        previous=None if route.previous == version else route.previous,
+        canary=None if route.canary and route.canary.version == version else route.canary,
+        shadow=None if route.shadow and route.shadow.version == version else route.shadow,
+        pinned=tuple(v for v in route.pinned if v != version),
+    )
 
 
 def _shown(version: int) -> int | str:

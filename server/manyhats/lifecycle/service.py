@@ -9,16 +9,14 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Final
 
-from manyhats.adapters.compose import compose
 from manyhats.adapters.files import AdapterLimits, locate
-from manyhats.adapters.store import AdapterStore, Staging
+from manyhats.adapters.staging import Staging
+from manyhats.adapters.store import AdapterStore
 from manyhats.errors import (
     AdapterRejectedError,
     ConflictError,
@@ -26,9 +24,14 @@ from manyhats.errors import (
     PermissionDeniedError,
 )
 from manyhats.lifecycle.audit import Cause
-from manyhats.lifecycle.compositions import NamedComposition, resolve_composition
+from manyhats.lifecycle.collector import Collector, Retention
+from manyhats.lifecycle.compositions import (
+    BASE_DIGEST,
+    NamedComposition,
+    resolve_composition,
+)
 from manyhats.lifecycle.directory import AdapterCard
-from manyhats.lifecycle.loading import Compile, Residency, load_adapter, reconcile
+from manyhats.lifecycle.loading import Compile, Residency, Tiers, load_lanes
 from manyhats.lifecycle.names import NearNames
 from manyhats.lifecycle.records import (
     Entry,
@@ -36,17 +39,14 @@ from manyhats.lifecycle.records import (
     State,
     card_of,
     check_name,
-    check_no_member,
     split_version,
 )
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.rollouts import Rollouts
 from manyhats.lifecycle.routes import BASELINE, RouteHint, Side, drawn
-from manyhats.types import AdapterRef, Digest, TenantId
+from manyhats.types import AdapterRef, TenantId
 
 logger = logging.getLogger(__name__)
-
-_DROPPED_REMEMBERED: Final = 1024
 
 
 class AdapterService:
@@ -55,7 +55,8 @@ class AdapterService:
     ``roots`` are the folders that may be registered from, ``limits`` bounds an adapter,
     ``base_id`` is the base's own name. ``resolve``, ``list``, ``get``, ``visible`` and
     ``entry`` answer from memory; the others block on the disk and belong on a worker thread.
-    ``rollouts`` changes which version a name means.
+    ``rollouts`` changes which version a name means, ``collector`` removes what has had its time,
+    ``retention``.
     """
 
     def __init__(
@@ -68,21 +69,23 @@ class AdapterService:
         base_id: str,
         roots: Sequence[Path],
         limits: AdapterLimits,
+        retention: Retention | None = None,
     ) -> None:
         self._store = store
         self._registry = registry
         self._compile = compile_folder
-        self._residency = residency
+        self._tiers = Tiers(residency)
         self._base_id = base_id
         self._roots = tuple(roots)
         self._limits = limits
         self._compiling = threading.Lock()  # the memory of one adapter at a time
         self._changing = threading.Lock()  # store and registry change together
-        # Running requests may still hold these on the device: it must be told if they come back.
-        self._dropped: deque[Digest] = deque(maxlen=_DROPPED_REMEMBERED)
         self._near: tuple[tuple[int, int, TenantId], NearNames] | None = None
         self.rollouts = Rollouts(registry, self.entry)
-        reconcile(store, registry)
+        self.collector = Collector(store, registry, retention or Retention())
+        self.collector.drop = self._tiers.drop
+        registry.follow(self._tiers.follow)
+        self.collector.sweep()
 
     def resolve(
         self, model: str, tenant: TenantId, hint: RouteHint | None = None
@@ -195,9 +198,10 @@ class AdapterService:
             family, max_rank, nbytes = compiled.family, compiled.max_rank, compiled.nbytes
             virtual_tokens = compiled.virtual_tokens
             del compiled
-        with self._changing:
-            digest = self._store.commit(staging)
-            try:
+        with self._changing, ExitStack() as undo:
+            with self._store.adding():
+                digest = self._store.commit(staging)
+                undo.callback(self.collector.discard, [digest])  # once nobody is adding any more
                 ref = self._registry.add(
                     name,
                     digest,
@@ -209,13 +213,8 @@ class AdapterService:
                     virtual_tokens=virtual_tokens,
                     registration=registration,
                 )
-            except BaseException:
-                if not self._registry.uses(digest):
-                    self._store.delete(digest)
-                raise
-            if digest in self._dropped:
-                self._dropped.remove(digest)
-                self._residency.prefetch(ref)
+                undo.pop_all()
+            self._tiers.back(ref)
             card = self.get(str(ref), tenant)
         logger.info("adapter %s is registered: digest %s, from %s", ref, digest, source)
         return card
@@ -241,32 +240,26 @@ class AdapterService:
             raise ValueError(f"{ref} is no composition")
         self._check_owned(ref.composition.members, tenant)
         with self._compiling:
-            members = [
-                load_adapter(self._store, self._compile, member.digest)
-                for member in ref.composition.members
-            ]
-            compiled = compose(ref, ref.composition, members, self._limits)
-            max_rank, nbytes = compiled.max_rank, compiled.nbytes
-            del members, compiled
+            worn = load_lanes(self._store, self._compile, ref, self._limits)
+            sizes = [(compiled.max_rank, compiled.nbytes) for compiled in worn]
         with self._changing:
             for member in ref.composition.members:
-                if resolve(str(member)) != member:  # raises where it was deleted meanwhile
+                # raises where it was deleted meanwhile
+                if member.digest != BASE_DIGEST and resolve(str(member)) != member:
                     raise ConflictError(f"{member} has changed meanwhile", param="composition")
             added = self._registry.add(
                 name,
                 ref.digest,
                 tenant=tenant,
                 family=ref.composition.kind.value,
-                max_rank=max_rank,
-                nbytes=nbytes,
+                max_rank=max((rank for rank, _ in sizes), default=0),
+                nbytes=sum(nbytes for _, nbytes in sizes),
                 source=source or ref.name,
                 virtual_tokens=ref.virtual_tokens,
                 composition=ref.composition,
                 registration=registration,
             )
-            if ref.digest in self._dropped:
-                self._dropped.remove(ref.digest)
-                self._residency.prefetch(added)
+            self._tiers.back(added)
             card = self.get(str(added), tenant)
         logger.info("composition %s is registered: %s", added, ref.name)
         return card
@@ -274,6 +267,8 @@ class AdapterService:
     def _check_owned(self, members: Sequence[AdapterRef], tenant: TenantId) -> None:
         """Pinned members outlive a grant and hold up their owner: only one's own may be pinned."""
         for member in members:
+            if member.digest == BASE_DIGEST:
+                continue
             if self.visible(member.name, tenant).owner != tenant:
                 raise PermissionDeniedError(
                     f"composition: {member} is another tenant's; name it in the request instead",
@@ -288,7 +283,7 @@ class AdapterService:
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Start to bring a version to the host tier."""
-        self._residency.prefetch(ref)
+        self._tiers.prefetch(ref)
 
     def delete(
         self, model: str, tenant: TenantId, *, force: bool = False, cause: Cause | None = None
@@ -304,16 +299,14 @@ class AdapterService:
             entry = self.entry(name, tenant)
             if version is not None and entry.find(version) is None:
                 raise self._not_found(model, tenant)
-            check_no_member(self._registry.entries(), name, version)
             gone = self._registry.delete(name, version, force=force, cause=cause)
             refs = tuple(record.ref for record in gone)
             unused = {r.digest: r for r in refs if not self._registry.uses(r.digest)}
-            for digest, ref in unused.items():
-                try:
-                    self._store.delete(digest)  # first, so that nothing can be loaded again
-                finally:
-                    self._dropped.append(digest)
-                    self._residency.drop(ref)
+            try:
+                self.collector.discard(unused)  # first, so that nothing can be loaded again
+            finally:
+                for ref in unused.values():
+                    self._tiers.drop(ref)
         logger.info("deleted adapter %s (%d versions)", model, len(refs))
         return refs
 

@@ -1,4 +1,4 @@
-"""Rows of the registry's tables, written in the caller's transaction, and read."""
+"""The tables of the registry's formats 1 to 4, read once to become documents."""
 
 from __future__ import annotations
 
@@ -6,78 +6,21 @@ import json
 import sqlite3
 
 from manyhats.lifecycle import routes
-from manyhats.lifecycle.audit import canonical
-from manyhats.lifecycle.compositions import from_json, to_json
+from manyhats.lifecycle.compositions import from_json
+from manyhats.lifecycle.documents import NameDocument, encode
 from manyhats.lifecycle.records import AdapterRecord, Entry, State
-from manyhats.lifecycle.routes import Route
 from manyhats.types import AdapterRef, Digest, TenantId
 
 
-def next_version(db: sqlite3.Connection, name: str) -> int:
-    """Counts the name's versions up; the number never comes again."""
-    [version] = db.execute(
-        "INSERT INTO names VALUES (?, 1) ON CONFLICT (name) DO UPDATE "
-        "SET last_version = last_version + 1 RETURNING last_version",
-        (name,),
-    ).fetchone()
-    return int(version)
+def to_documents(db: sqlite3.Connection) -> None:
+    """Write a document for each name that the tables know, those without a version as well."""
+    entries = _read_entries(db)
+    for name, last in db.execute("SELECT name, last_version FROM names").fetchall():
+        document = NameDocument(last_version=last).holding(entries.get(name))
+        db.execute("INSERT INTO documents VALUES (?, ?)", (name, encode(document)))
 
 
-def insert_version(db: sqlite3.Connection, record: AdapterRecord) -> None:
-    """One version more."""
-    ref = record.ref
-    db.execute(
-        "INSERT INTO adapters (name, version, digest, virtual_tokens, tenant, family, max_rank, "
-        "nbytes, created, source, state, actor, revision, metadata, composition) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            ref.name,
-            ref.version,
-            ref.digest,
-            ref.virtual_tokens,
-            record.tenant,
-            record.family,
-            record.max_rank,
-            record.nbytes,
-            record.created,
-            record.source,
-            record.state.value,
-            record.actor,
-            record.revision,
-            canonical(dict(record.metadata)),
-            None if ref.composition is None else to_json(ref.composition),
-        ),
-    )
-
-
-def delete_version(db: sqlite3.Connection, record: AdapterRecord) -> None:
-    """One version less."""
-    db.execute(
-        "DELETE FROM adapters WHERE name = ? AND version = ?",
-        (record.ref.name, record.ref.version),
-    )
-
-
-def set_state(db: sqlite3.Connection, record: AdapterRecord, state: State) -> None:
-    """A version's state."""
-    db.execute(
-        "UPDATE adapters SET state = ? WHERE name = ? AND version = ?",
-        (state.value, record.ref.name, record.ref.version),
-    )
-
-
-def set_route(db: sqlite3.Connection, name: str, route: Route | None) -> None:
-    """The name's route; None removes it."""
-    if route is None:
-        db.execute("DELETE FROM routes WHERE name = ?", (name,))
-        return
-    db.execute(
-        "INSERT INTO routes VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET route = excluded.route",
-        (name, canonical(route.shown())),
-    )
-
-
-def read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
+def _read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
     """Every name with its versions and its route."""
     versions: dict[str, list[AdapterRecord]] = {}
     for name, version, digest, virtual_tokens, tenant, state, metadata, *rest in db.execute(

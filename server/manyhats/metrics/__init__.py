@@ -1,66 +1,31 @@
 """Every Prometheus series, its labels and why they are bounded.
 
-``adapter`` is an adapter's name, ``(stack)`` or ``(weighted)`` for every composition that a request
-named, ``base`` for the bare base, or ``other``: the first N names to arrive keep a label of their
-own (N = the setting ``metrics_adapters``), so the label has at most N + 2 values; ``tenant``
+``adapter`` is an adapter's name, ``(stack)``, ``(weighted)`` or ``(ensemble)`` for every
+composition that a request named, ``base`` for the bare base, or ``other``: the first N names to
+arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
+N + 2 values; ``tenant``
 likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
-one of four finish reasons; ``tier`` is ``host`` or ``device``; ``route`` is a template of the
+one of four finish reasons; ``measure`` is a field of ``lifecycle.evaluation.gate.Thresholds``;
+``tier`` is ``host`` or ``device``; ``route`` is a template of the
 application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
-``status`` is an HTTP status; ``backend`` has one value, the kernels in use.
+``status`` is an HTTP status; ``backend`` has one value, the kernels in use, and ``version`` one;
+``store`` is one of ours. What rates are taken of starts at zero (``base`` and ``other``, and the
+routes that generate), so that an alert's expression always has a value.
 
-====================================  =========  =====================  =========================
-series                                type       labels                 meaning
-====================================  =========  =====================  =========================
-manyhats_requests_total               counter    adapter, outcome       choices ended
-manyhats_prompt_tokens_total          counter    adapter                prompt tokens of them
-manyhats_generation_tokens_total      counter    adapter                tokens generated
-manyhats_cached_prompt_tokens_total   counter    adapter                prompt tokens not computed
-manyhats_time_to_first_token_seconds  histogram  adapter                arrival to first token
-manyhats_inter_token_seconds          histogram  adapter                between two tokens
-manyhats_queue_seconds                histogram  adapter                arrival to admission
-manyhats_request_seconds              histogram  adapter                arrival to end
-manyhats_step_seconds                 histogram                         one step of the engine
-manyhats_step_tokens_total            counter    kind                   ``prefill``, ``decode``
-manyhats_step_batch_tokens            histogram                         tokens in one step
-manyhats_step_batch_sequences         histogram                         sequences in one step
-manyhats_preemptions_total            counter                           sequences recomputed
-manyhats_adapter_loads_total          counter    adapter, tier          brought to a tier
-manyhats_adapter_load_seconds         histogram  tier                   time that took
-manyhats_adapter_evictions_total      counter    adapter, tier          left a tier
-manyhats_adapter_load_failures_total  counter    adapter                could not be loaded
-manyhats_http_requests_total          counter    route, method, status  499: the client went away
-manyhats_tenant_requests_total        counter    tenant                 requests served
-manyhats_tenant_prompt_tokens_total   counter    tenant                 prompt tokens of them
-manyhats_tenant_output_tokens_total   counter    tenant                 tokens generated
-manyhats_quota_refusals_total         counter    tenant, quota          refused for a quota
-manyhats_kernels_info                 gauge      backend                1
-manyhats_steps_total                  counter                           steps run
-manyhats_failed_steps_total           counter                           steps failed
-manyhats_running, _waiting            gauge                             sequences: batch, queue
-manyhats_kv_blocks, _kv_blocks_used   gauge                             KV cache blocks
-manyhats_slots, _slots_used           gauge                             adapter slots
-manyhats_rows, _rows_used             gauge                             rank rows of the device
-manyhats_host_bytes                   gauge                             bound of the host tier
-manyhats_host_bytes_used              gauge                             bytes in it
-manyhats_leases                       gauge                             sequences holding a slot
-manyhats_adapter_leases               gauge      adapter                ... of each resident one
-vllm:lora_requests_info               gauge      see below              Unix time of the scrape
-vllm:num_requests_running, _waiting   gauge                             as manyhats_running ...
-vllm:kv_cache_usage_perc              gauge                             used blocks, 0 to 1
-vllm:cache_config_info                gauge      see below              1
-====================================  =========  =====================  =========================
+Types, units and meanings are in ``docs/metrics.md``, which a test holds to the code.
 
 The ``vllm:`` series are those of the Kubernetes Gateway API Inference Extension's model server
 protocol. ``lora_requests_info`` has the labels ``max_lora`` (slots), ``running_lora_adapters``
 (names resident on the device) and ``waiting_lora_adapters`` (names on their way), comma-separated;
 only the current label set is exposed, so it is one series, of at most ``slots`` names.
-``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``.
+``cache_config_info`` has ``block_size`` and ``num_gpu_blocks``. ``metrics.drift`` has the series
+of drift detection.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,18 +34,42 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 
+from manyhats.metrics.drift import DriftMetrics
 from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.lifecycle import LifecycleMetrics
+from manyhats.metrics.server import ServerCollector
+from manyhats.metrics.shadow import ShadowMetrics
 from manyhats.metrics.snapshot import SnapshotCollector, StatsView
 from manyhats.types import FinishReason
 
-__all__ = ["BASE_LABEL", "CONTENT_TYPE", "OTHER_LABEL", "LabelCap", "Metrics", "StatsView"]
+__all__ = [
+    "BASE_LABEL",
+    "CONTENT_TYPE",
+    "OTHER_LABEL",
+    "DriftMetrics",
+    "LabelCap",
+    "Metrics",
+    "StatsView",
+]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Content type of ``Metrics.render``."""
+
+GENERATING: Final = ("/v1/completions", "/v1/chat/completions")
+"""The routes whose answers are counted from zero."""
+QUOTAS: Final = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "tokens_per_day",
+    "concurrent_requests",
+    "queued_requests",
+)
+"""Quotas that refuse with a time to come back."""
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0)
@@ -123,15 +112,28 @@ class Metrics:
         self._cap = LabelCap(max_adapter_labels)
         self._tenants = LabelCap(max_tenant_labels)
         self._series: dict[str, _AdapterSeries] = {}
+        self.shadow = ShadowMetrics(self.registry, self._cap)
         self._snapshot = SnapshotCollector(self._cap, clock)
         self._declare_requests()
         self._declare_engine()
         self._declare_tenants()
+        self.drift = DriftMetrics(self.registry, self._cap)
+        self.lifecycle = LifecycleMetrics(self.registry, self._cap)
+        self._server = ServerCollector()
         self.registry.register(self._snapshot)
+        self.registry.register(self._server)
+        ProcessCollector(registry=self.registry)
+        self._start_at_zero()
 
     def watch(self, stats: Callable[[], StatsView]) -> None:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
+
+    def watch_server(
+        self, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
+    ) -> None:
+        """See ``metrics.server.ServerCollector.watch``."""
+        self._server.watch(version, ready, stores)
 
     def kernels(self, backend: str) -> None:
         """The engine computes with the kernels of this name. Said once, when it is built."""
@@ -211,7 +213,9 @@ class Metrics:
         self._evictions.labels(self._cap.label(adapter), tier).inc()
 
     def _of(self, adapter: str | None) -> _AdapterSeries:
-        label = self._cap.label(adapter)
+        return self._of_label(self._cap.label(adapter))
+
+    def _of_label(self, label: str) -> _AdapterSeries:
         series = self._series.get(label)
         if series is None:  # two threads may both make it: the children are the same ones
             series = self._series[label] = _AdapterSeries(
@@ -270,6 +274,28 @@ class Metrics:
         self._load_failures = self._counter(
             "adapter_load_failures", "Adapters that could not be loaded.", ("adapter",)
         )
+
+    def _start_at_zero(self) -> None:
+        """A rate over what has not happened yet is 0, not absent."""
+        for adapter in (BASE_LABEL, OTHER_LABEL):
+            self._of_label(adapter)
+        for tier in ("host", "device"):
+            self._loads.labels(OTHER_LABEL, tier)
+            self._evictions.labels(OTHER_LABEL, tier)
+            self._load_seconds.labels(tier)
+        self._load_failures.labels(OTHER_LABEL)
+        for counter in (
+            self._tenant_requests,
+            self._tenant_prompt_tokens,
+            self._tenant_output_tokens,
+        ):
+            counter.labels(OTHER_LABEL)
+        for quota in QUOTAS:
+            self._refusals.labels(OTHER_LABEL, quota)
+        self.drift.start_at_zero()
+        for route in GENERATING:
+            for status in ("200", "429", "500", "503"):
+                self._http.labels(route, "POST", status)
 
     def _declare_tenants(self) -> None:
         tenant = ("tenant",)

@@ -70,9 +70,12 @@ class BlockManager:
 
         Whole blocks only, and never the last token, so that there is something to compute. Nothing
         for a sequence that wants prompt log-probabilities: it must compute every position.
+        Background sequences neither read nor fill the cache of prefixes, nor count.
         """
         if seq.block_ids:
             raise SchedulerStateError(f"sequence {seq.id} holds blocks already")
+        if seq.background:
+            return 0
         self.query_tokens += len(seq.token_ids)
         if not self.prefix_cache or seq.wants_prompt_logprobs:
             return 0
@@ -92,6 +95,9 @@ class BlockManager:
 
     def cancel_match(self, seq: Sequence) -> None:
         """Undo the ``match`` of a sequence that cannot run yet, in the counters too."""
+        if seq.background:
+            self.free(seq)
+            return
         self.hit_tokens -= self._committed.get(seq.id, 0) * self.block_size
         self.query_tokens -= len(seq.token_ids)
         self.free(seq)
@@ -121,7 +127,7 @@ class BlockManager:
         full = computed // self.block_size
         if full > len(seq.block_ids) or computed > len(seq.token_ids):
             raise SchedulerStateError(f"sequence {seq.id} has no {computed} tokens in the cache")
-        if not self.prefix_cache:
+        if not self.prefix_cache or seq.background:
             return
         done = self._committed.get(seq.id, 0)
         if full <= done:

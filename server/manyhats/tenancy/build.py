@@ -10,27 +10,53 @@ from manyhats.config import Settings
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
 from manyhats.tenancy.limiter_redis import RedisLimiter
+from manyhats.tenancy.store import TenantStore
 from manyhats.tenancy.store_redis import RedisTenantStore
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
+from manyhats.tenancy.usage import UsageLedger, UsageStore
+from manyhats.tenancy.usage_redis import RedisUsageStore
+from manyhats.tenancy.usage_sqlite import SqliteUsageStore
 
 
 @dataclass(frozen=True, slots=True)
 class Tenancy:
-    """Who the tenants are and what they may have; ``close`` gives up the store."""
+    """Who the tenants are, what they may have and what they used; ``close`` gives up the stores."""
 
     directory: TenantDirectory
     limiter: Limiter
+    usage: UsageLedger
     close: Callable[[], None]
 
 
+def open_stores(settings: Settings, path: Path) -> tuple[TenantStore, UsageStore]:
+    """Of tenants and of usage: the SQLite file ``path``, or where ``redis_url`` says.
+
+    Raises ConfigError.
+    """
+    if settings.redis_url is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return SqliteTenantStore(path), SqliteUsageStore(path)
+    url = settings.redis_url.get_secret_value()
+    return RedisTenantStore(url), RedisUsageStore(url)
+
+
 def open_tenancy(settings: Settings, path: Path) -> Tenancy:
-    """In the SQLite file ``path`` and in memory, or where ``redis_url`` says.
+    """Over ``open_stores``, quotas in memory or in the same Redis.
 
     Raises ConfigError and ServiceError.
     """
+    tenants, kept = open_stores(settings, path)
+    usage = UsageLedger(kept, days=settings.usage_days)
     if settings.redis_url is None:
-        embedded = SqliteTenantStore(path)
-        return Tenancy(TenantDirectory(embedded), MemoryLimiter(), embedded.close)
-    url = settings.redis_url.get_secret_value()
-    shared = RedisTenantStore(url)
-    return Tenancy(TenantDirectory(shared), RedisLimiter(url), shared.close)
+        limiter: Limiter = MemoryLimiter(used_today=usage.tokens_today())
+    else:
+        limiter = RedisLimiter(settings.redis_url.get_secret_value())
+    return Tenancy(TenantDirectory(tenants), limiter, usage, _closing(tenants, kept))
+
+
+def _closing(*stores: TenantStore | UsageStore) -> Callable[[], None]:
+    def close() -> None:
+        for store in stores:
+            store.close()
+
+    return close

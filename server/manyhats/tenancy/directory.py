@@ -58,6 +58,11 @@ class TenantDirectory:
         return self._state.revision
 
     @property
+    def reachable(self) -> bool:
+        """Whether the store answered last; while it does not, the snapshot is that known last."""
+        return not self._unreachable
+
+    @property
     def has_keys(self) -> bool:
         """Whether a key was ever issued (revoked and expired ones count: the door stays shut)."""
         return bool(self._state.keys)

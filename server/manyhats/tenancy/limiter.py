@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import floor
 from typing import Protocol
 
 from manyhats.tenancy import quota
@@ -13,6 +14,10 @@ from manyhats.tenancy.quota import Account, Refusal
 
 class Limiter(Protocol):
     """Keeps every tenant's account. Called on the event loop."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the shared store answered last; without one, always."""
 
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int
@@ -30,11 +35,28 @@ class Limiter(Protocol):
 
 
 class MemoryLimiter:
-    """Implements ``Limiter`` for one server. ``clock`` gives Unix seconds."""
+    """Implements ``Limiter`` for one server. ``clock`` gives Unix seconds.
 
-    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+    ``used_today``: tokens by tenant that count for today's quota, from before this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        used_today: Mapping[str, int] | None = None,
+    ) -> None:
         self._clock = clock
-        self._accounts: dict[str, Account] = {}
+        today = floor(clock() / quota.DAY_S)
+        self._accounts: dict[str, Account] = {
+            tenant: Account(day=today, day_tokens=tokens)
+            for tenant, tokens in (used_today or {}).items()
+        }
+
+    @property
+    def reachable(self) -> bool:
+        """See Limiter: there is no store."""
+        return True
 
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int

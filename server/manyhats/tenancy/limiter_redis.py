@@ -5,18 +5,22 @@ on one node of a cluster): ``account``, a hash of what ``quota.Account`` has; ``
 ``queued``, sorted sets from request to when it counts as lost, should its server die with it.
 
 While Redis cannot be reached, each server goes on with an account of its own, and says so in its
-log: nobody is turned away for it, and nobody gets more than the quota from one server.
+log: nobody is turned away for it, and nobody gets more than the quota from one server. Redis is
+asked again every few seconds, by one request at a time, so that the others need not wait for it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from manyhats.errors import ConfigError
 from manyhats.tenancy.limiter import MemoryLimiter
@@ -25,8 +29,10 @@ from manyhats.tenancy.quota import Refusal, impossible
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT_S: Final = 2.0
+_TIMEOUT_S: Final = 1.0
+_PAUSE_S: Final = 2.0
 _LOST_S: Final = 3600
+_OWED: Final = 10_000
 _NAMES: Final = (
     "requests_per_minute",
     "tokens_per_minute",
@@ -113,6 +119,7 @@ class RedisLimiter:
                 decode_responses=True,
                 socket_timeout=_TIMEOUT_S,
                 socket_connect_timeout=_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         except ValueError as exc:
             raise ConfigError(f"redis_url: {exc}", param="redis_url") from exc
@@ -122,6 +129,13 @@ class RedisLimiter:
         self._alone = MemoryLimiter(clock=clock)
         self._admitted_alone: set[str] = set()
         self._unreachable = False
+        self._again = 0.0
+        self._owed: deque[tuple[str, str, Quotas, int]] = deque(maxlen=_OWED)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether Redis answered last."""
+        return not self._unreachable
 
     async def admit(
         self, tenant: str, request_id: str, quotas: Quotas, tokens: int
@@ -130,16 +144,15 @@ class RedisLimiter:
         never = impossible(quotas, tokens)
         if never is not None:
             return never
+        if self._pausing():
+            return await self._admit_alone(tenant, request_id, quotas, tokens)
         limits = ["" if (n := getattr(quotas, name)) is None else n for name in _NAMES]
         arguments: list[Any] = [self._clock(), request_id, tokens, _LOST_S, *limits]
         try:
             answer = await self._admit(keys=_keys(tenant), args=arguments)
         except redis.RedisError as error:
             self._note(error)
-            refusal = await self._alone.admit(tenant, request_id, quotas, tokens)
-            if refusal is None:
-                self._admitted_alone.add(request_id)
-            return refusal
+            return await self._admit_alone(tenant, request_id, quotas, tokens)
         self._note(None)
         if not answer:
             return None
@@ -151,7 +164,7 @@ class RedisLimiter:
         """See Limiter."""
         if request_id in self._admitted_alone:
             await self._alone.start(tenant, request_id)
-        else:
+        elif not self._pausing():
             await self._told(self._redis.zrem(_keys(tenant)[2], request_id))
 
     async def settle(self, tenant: str, request_id: str, quotas: Quotas, unused: int) -> None:
@@ -160,13 +173,43 @@ class RedisLimiter:
             self._admitted_alone.discard(request_id)
             await self._alone.settle(tenant, request_id, quotas, unused)
             return
-        minute = "" if quotas.tokens_per_minute is None else quotas.tokens_per_minute
-        arguments: list[Any] = [self._clock(), request_id, unused, minute]
-        await self._told(self._settle(keys=_keys(tenant), args=arguments))
+        self._owed.append((tenant, request_id, quotas, unused))
+        if not self._pausing():
+            await self._settle_owed()
 
     async def close(self) -> None:
         """Close the connections."""
         await self._redis.aclose()
+
+    async def _admit_alone(
+        self, tenant: str, request_id: str, quotas: Quotas, tokens: int
+    ) -> Refusal | None:
+        refusal = await self._alone.admit(tenant, request_id, quotas, tokens)
+        if refusal is None:
+            self._admitted_alone.add(request_id)
+        return refusal
+
+    def _pausing(self) -> bool:
+        """Whether Redis is left alone for now; false for one caller in every pause."""
+        now = time.monotonic()
+        if not self._unreachable or now >= self._again:
+            self._again = now + _PAUSE_S
+            return False
+        return True
+
+    async def _settle_owed(self) -> None:
+        """Say what has ended, also while Redis was away."""
+        while self._owed:
+            tenant, request_id, quotas, unused = self._owed.popleft()
+            minute = "" if quotas.tokens_per_minute is None else quotas.tokens_per_minute
+            arguments: list[Any] = [self._clock(), request_id, unused, minute]
+            try:
+                await self._settle(keys=_keys(tenant), args=arguments)
+            except redis.RedisError as error:
+                self._owed.appendleft((tenant, request_id, quotas, unused))
+                self._note(error)
+                return
+            self._note(None)
 
     async def _told(self, call: Awaitable[Any]) -> None:
         """A request that goes on or ends is not failed for it: what it held is given up in time."""
@@ -174,6 +217,8 @@ class RedisLimiter:
             await call
         except redis.RedisError as error:
             self._note(error)
+        else:
+            self._note(None)
 
     def _note(self, error: redis.RedisError | None) -> None:
         """Say once that Redis is away, and that it is back."""

@@ -44,7 +44,7 @@ class Quotas(Record):
 
     Tokens are those of prompts and answers. ``max_tokens`` bounds one answer; ``queued_requests``
     the requests that have had no token yet; ``adapters`` the versions that are registered and
-    ``adapter_bytes`` their size together.
+    ``adapter_bytes`` their size together. ``priority`` bounds that of a request.
     """
 
     requests_per_minute: _Bound = None
@@ -55,6 +55,7 @@ class Quotas(Record):
     max_tokens: Annotated[int | None, Field(ge=1, le=2**53)] = None
     adapters: _Bound = None
     adapter_bytes: _Bound = None
+    priority: Annotated[int | None, Field(ge=-100, le=100)] = 0
 
 
 class TenantSettings(Record):

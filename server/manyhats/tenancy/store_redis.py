@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from manyhats.errors import ConfigError, ServiceError
 from manyhats.tenancy.store import Change, Kind, StaleRevisionError, Texts
 
 _T = TypeVar("_T")
 _PREFIX: Final = "{manyhats:1:tenancy}:"
-_TIMEOUT_S: Final = 5.0
+_TIMEOUT_S: Final = 2.0
 _WRITE: Final = """
 if tonumber(redis.call('GET', KEYS[1]) or '0') ~= tonumber(ARGV[1]) then return -1 end
 for i = 2, #ARGV, 4 do
@@ -39,6 +41,7 @@ class RedisTenantStore:
                 decode_responses=True,
                 socket_timeout=_TIMEOUT_S,
                 socket_connect_timeout=_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         except ValueError as exc:
             raise ConfigError(f"redis_url: {exc}", param="redis_url") from exc

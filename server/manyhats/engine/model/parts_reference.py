@@ -7,7 +7,7 @@ calls. It is the oracle of the importers and of the engine, and slow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -76,24 +76,32 @@ class PartsReference:
             cache.update(k, v, int(layer.layer_idx))
         return cache
 
-    @contextmanager
-    def _worn(self) -> Iterator[None]:
-        modules = dict(self._model.named_modules())
-        with ExitStack() as stack:
-            for name, parts in self._adapter.sites.items():
-                site = self._spec.sites[name]
-                if site.kind is SiteKind.RESIDUAL:
-                    stack.enter_context(with_stream_parts(self._model, name, parts))
-                    continue
-                module = modules[name]
-                if site.kind is SiteKind.NORM:
-                    stack.enter_context(_with_gain(site, module, parts))
-                elif site.kind is SiteKind.EMBEDDING:
-                    hook = partial(_embedding, parts)
-                    stack.callback(module.register_forward_hook(hook).remove)
-                elif site.kind in (SiteKind.LINEAR, SiteKind.HEAD):
-                    stack.enter_context(_linear_hooks(site, module, parts))
-            yield
+    def _worn(self) -> AbstractContextManager[None]:
+        return wearing(self._model, self._spec, self._adapter)
+
+
+@contextmanager
+def wearing(model: PreTrainedModel, spec: BaseSpec, adapter: CompiledAdapter) -> Iterator[None]:
+    """The model's modules do what the adapter's parts say, all but prefixes and soft prompts.
+
+    Hooks around the modules' calls, whatever their forwards are. The parts are on its device.
+    """
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for name, parts in adapter.sites.items():
+            site = spec.sites[name]
+            if site.kind is SiteKind.RESIDUAL:
+                stack.enter_context(with_stream_parts(model, name, parts))
+                continue
+            module = modules[name]
+            if site.kind is SiteKind.NORM:
+                stack.enter_context(_with_gain(site, module, parts))
+            elif site.kind is SiteKind.EMBEDDING:
+                hook = partial(_embedding, parts)
+                stack.callback(module.register_forward_hook(hook).remove)
+            elif site.kind in (SiteKind.LINEAR, SiteKind.HEAD):
+                stack.enter_context(_linear_hooks(site, module, parts))
+        yield
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Adapters from elsewhere: the Hugging Face hub, web servers, object stores; only where allowed."""

@@ -1,0 +1,1 @@
+"""The tests: each with a bound on its false alarms that holds for any number of samples."""

@@ -1,0 +1,1 @@
+"""Evaluations: what a version is measured on, how it is judged, and what promotion asks of it."""
