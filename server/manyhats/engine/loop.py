@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -15,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from manyhats.engine.interface import EngineObserver, EngineStats
-from manyhats.engine.mailbox import Mailbox
+from manyhats.engine.mailbox import Mailbox, Task
 from manyhats.engine.postprocess import Postprocessor, RowProbe, adapter_name
 from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner
@@ -173,21 +174,33 @@ class EngineLoop:
         torch.get_num_threads()  # torch sets up a thread's own count at its first use
         torch.set_num_threads(self._threads)
         self._ready.set()
+        tasks: deque[Task] = deque()
         try:
             ran = False
             while not self._stopping:
                 if not ran:
                     self._refresh_stats()  # nothing can be run until somebody posts
                 idle_s = None if ran else self._deadlines.wait_s(time.monotonic())
-                for task in self._mailbox.take(wait=not ran, timeout_s=idle_s):
-                    task()
+                tasks.extend(self._mailbox.take(wait=not ran, timeout_s=idle_s))
+                while tasks:
+                    tasks.popleft()()
                 ran = self.step()
             self._refresh_stats()
         except Exception as error:
             logger.critical("the step loop has ended by a defect", exc_info=True)
             self._failed = True
-            self.close_door()
+            with self._door:  # after this nobody posts a request any more
+                self.close_door()
+            self._take_in((*tasks, *self._mailbox.take(wait=False)))
             self._dismiss(EngineFailedError(f"the engine has failed: {error}"))
+
+    def _take_in(self, tasks: Sequence[Task]) -> None:
+        """Runs what was posted before the loop's end, so that those requests are told of it too."""
+        for task in tasks:
+            try:
+                task()
+            except Exception:
+                logger.exception("a task failed after the step loop's end")
 
     def _process(self, schedule: Schedule) -> Sequence[OutputDelta]:
         started = time.monotonic()
