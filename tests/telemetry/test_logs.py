@@ -183,11 +183,11 @@ def test_text_lines_end_with_the_request_and_carry_the_traceback_below() -> None
     assert rest[-1] == "ValueError: bad"
 
 
-def test_what_utf8_cannot_carry_does_not_cost_the_line(stream: io.StringIO) -> None:
-    logging.getLogger("manyhats.test").info(
-        "lone \udc80 surrogate", extra={logs.FIELDS: {"n": {1}}}
-    )
-    (line,) = lines(stream)
+def test_what_utf8_cannot_carry_does_not_cost_the_line() -> None:
+    # Not through a logger: pytest's own capture would hand the line on as it is.
+    record = logging.LogRecord("manyhats", logging.INFO, "", 1, "lone \udc80 surrogate", (), None)
+    setattr(record, logs.FIELDS, {"n": {1}})
+    line = json.loads(logs.JsonFormatter().format(record).encode())
     assert (line["message"], line["n"]) == ("lone ? surrogate", "{1}")
 
 
