@@ -30,8 +30,10 @@ def test_a_drain_loses_nobody_and_the_next_start_is_warm(tmp_path):
     root = write_adapters(tmp_path / "adapters", base, ("warm", "cold", "hot"))
     flags = (*tiny_flags(base), "--adapter-root", str(root), "--prefetch-hot", "2")
     home = tmp_path / "home"
-    with running_server(home, *flags, "--register-roots", "--drain-grace-s", "600") as server:
-        http = httpx.Client(base_url=server.base_url, timeout=60)
+    with (
+        running_server(home, *flags, "--register-roots", "--drain-grace-s", "600") as server,
+        httpx.Client(base_url=server.base_url, timeout=60) as http,
+    ):
 
         def complete(model: str, **more) -> httpx.Response:
             body = {"model": model, "prompt": "w7 w8", "max_tokens": 2, "ignore_eos": True, **more}

@@ -44,7 +44,7 @@ def adapters(base, repository):
         if not folder.is_dir():
             continue
         config = read_config_file(folder / "adapter_config.json", limits)
-        if config["peft_type"] == "LORA" and not config.get("use_dora"):  # one PEFT model has all
+        if config.get("peft_type") == "LORA" and not config.get("use_dora"):  # one PEFT model has all
             found[folder.name] = compile_adapter(
                 config,
                 read_weights(folder / "adapter_model.safetensors", limits),
