@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Final
 
 import torch
 from fastapi import FastAPI
@@ -61,7 +62,7 @@ from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 logger = logging.getLogger(__name__)
 
 _UNNAMED = Digest("")
-_ROUTES = (
+ROUTES: Final = (
     admin,
     collection,
     drift,
@@ -73,6 +74,7 @@ _ROUTES = (
     usage,
     vllm,
 )
+"""The modules whose routes are served beside OpenAI's and the health ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def build(settings: Settings) -> Application:
         warm, state.recent, folder / "hot.json", registry, residency, limit=settings.prefetch_hot
     )
     lifespan = partial(_lifespan, state=state, engine=engine, services=services, warmed=hot)
-    api = create_api(state, [module.router for module in _ROUTES], lifespan)
+    api = create_api(state, [module.router for module in ROUTES], lifespan)
     closing = (*services.closing, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, state.readiness, closing)
 
