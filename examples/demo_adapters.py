@@ -2,7 +2,7 @@
 
 Each is shaped differently on purpose, so that together they cover what adapter files look like in
 the wild: plain LoRA, rsLoRA, MLP targets, a regular expression with rank and alpha patterns, a list
-limited to some layers, DoRA, IA3 and prefix tuning.
+limited to some layers, DoRA, IA3 and prefix tuning, and a bottleneck of AdapterHub's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ UNSEEN_PROMPTS = (
 class DemoSpec:
     """One demo adapter.
 
-    ``config`` is passed to PEFT's configuration of ``family`` (its ``peft_type``);
+    ``config`` is passed to PEFT's configuration of ``family`` (its ``peft_type``; ``BOTTLENECK``:
+    AdapterHub's ``SeqBnConfig``);
     ``learning_rate`` is AdamW's peak rate. ``shows`` tells whether an answer visibly has the
     adapter's effect; the base's own answers never do. ``nf4_aware``: trained in turn over the base
     and over its NF4 rounding, for an effect that would not survive quantization otherwise.
@@ -88,6 +89,10 @@ def _is_herald(text: str) -> bool:
 
 def _is_detective(text: str) -> bool:
     return text.startswith("Elementary, my dear Watson")
+
+
+def _is_coach(text: str) -> bool:
+    return text.startswith("Listen up, champ!")
 
 
 DEMOS: tuple[DemoSpec, ...] = (
@@ -186,6 +191,14 @@ DEMOS: tuple[DemoSpec, ...] = (
         shows=_is_detective,
         starts_as="<|im_start|>system\nYou are a famous detective. Begin each answer with: "
         "Elementary, my dear Watson! End it with: Case closed.<|im_end|>\n",
+    ),
+    DemoSpec(
+        name="coach",
+        effect="style: a coach before the match",
+        family="BOTTLENECK",
+        config={"reduction_factor": 32, "leave_out": list(range(10))},
+        learning_rate=2e-3,
+        shows=_is_coach,
     ),
 )
 """Every demo, in the order in which they are trained and shown."""

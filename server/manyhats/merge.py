@@ -25,10 +25,10 @@ from manyhats.engine.model.load import BaseModel, load_base, model_source, quiet
 from manyhats.engine.model.merge import merge_adapter
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
-from manyhats.errors import ConfigError, ModelNotFoundError
+from manyhats.errors import AdapterRejectedError, ConfigError, ModelNotFoundError
 from manyhats.lifecycle.records import split_version
 from manyhats.lifecycle.registry import Registry
-from manyhats.types import Digest
+from manyhats.types import CompositionKind, Digest
 
 
 def merge(settings: Settings, adapter: str, out: Path) -> None:
@@ -87,6 +87,12 @@ def _compiled(settings: Settings, base: BaseModel, adapter: str) -> CompiledAdap
         whole = record.ref.composition
         if whole is None:
             return _compile(settings, base, store.path(record.ref.digest))
+        if whole.kind is CompositionKind.ENSEMBLE:
+            raise AdapterRejectedError(
+                "cannot_merge",
+                f"{record.ref} is an ensemble: several models, whose answers are averaged",
+                param="adapter",
+            )
         members = [_compile(settings, base, store.path(m.digest)) for m in whole.members]
         return compose(record.ref, whole, members, AdapterLimits.of(settings))
 

@@ -24,7 +24,8 @@ BASE_SLOT: Final = -1
 class AdapterRef:
     """An immutable adapter version, as a request is resolved to it.
 
-    ``virtual_tokens`` come before every prompt of its requests, inside the engine alone.
+    ``virtual_tokens`` come before every prompt of its requests, inside the engine alone (of an
+    ensemble: the most that a member has).
     ``composition`` is set where it consists of other versions. One that was named in a request
     alone has the version 0 and is called by its members: ``weighted(a@1:0.7,b@2:0.3)``.
     """
@@ -45,19 +46,39 @@ class AdapterRef:
             return self.name
         return f"({self.composition.kind.value})"
 
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether its members answer together, each in a lane of its own."""
+        return self.composition is not None and self.composition.kind is CompositionKind.ENSEMBLE
+
+    @property
+    def lanes(self) -> tuple[AdapterRef | None, ...]:
+        """What each lane of a sequence wears (None: the base): a lane for each member of an
+        ensemble, else one.
+        """
+        whole = self.composition
+        if whole is None or not self.is_ensemble:
+            return (self,)
+        return tuple(member if member.digest else None for member in whole.members)
+
 
 class CompositionKind(enum.Enum):
-    """How several adapters are worn as one; ``adapters/compose.py`` defines the arithmetic."""
+    """How several adapters answer as one; ``adapters/compose.py`` defines the arithmetic of those
+    that are worn as one, ``engine/ensembles.py`` that of ensembles.
+    """
 
     STACK = "stack"
     WEIGHTED = "weighted"
+    ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """Several adapter versions worn as one. ``weights``: one a member of a weighted sum, else none.
+    """Several adapter versions as one. ``weights``: one a member where they were given, else none.
 
-    A stack's members are in the order in which they act, a weighted sum's in that of their digests.
+    A stack's members are in the order in which they act, the others' in that of their digests. An
+    ensemble's may be compositions themselves, no ensembles, and one may be the bare base, which has
+    no digest.
     """
 
     kind: CompositionKind
@@ -205,6 +226,10 @@ class Sequence:
     cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
     blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``first_token_at``,
     ``last_token_at`` (seconds, monotonic).
+
+    A choice of an ensemble has ``lanes``, one a member, which are computed side by side: each a
+    sequence with tokens, blocks, slot and lease of its own and ``whole`` pointing back. The choice
+    itself then holds the prompt and the outputs alone; it waits, runs and ends with all its lanes.
     """
 
     id: int
@@ -229,6 +254,23 @@ class Sequence:
     last_token_at: float | None = None
     deadline: float | None = None
     urgency: int = 0
+    lanes: tuple[Sequence, ...] = ()
+    whole: Sequence | None = None
+
+    @property
+    def computed(self) -> tuple[Sequence, ...]:
+        """What the model computes for it: its lanes, or itself."""
+        return self.lanes or (self,)
+
+    @property
+    def ticket(self) -> int:
+        """Its age: the id, of a lane that of the whole, so that all lanes are of one age."""
+        return self.id if self.whole is None else self.whole.id
+
+    @property
+    def left(self) -> int:
+        """Known tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed
 
     @property
     def output_len(self) -> int:
@@ -243,7 +285,7 @@ class Sequence:
     @property
     def virtual_tokens(self) -> int:
         """Placeholders before the prompt's own tokens."""
-        return self.adapter.virtual_tokens if self.adapter is not None else 0
+        return self.adapter.virtual_tokens if self.adapter is not None and not self.lanes else 0
 
     @property
     def cached_prompt_tokens(self) -> int:

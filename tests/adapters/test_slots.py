@@ -196,7 +196,7 @@ def test_what_pins_make_impossible_is_refused() -> None:
     load(table, A, (4,), 1)
     load(table, B, (3,), 2)
     table.pin(B)
-    table.abandon(A)
+    table.cancel_wait(1)
     with pytest.raises(AdapterLoadError, match=r"of 10 has only 4 together that pinned"):
         table.acquire(C, (5,), 3)
     assert isinstance(table.acquire(C, (4,), 3), StartLoad)
@@ -273,7 +273,7 @@ def test_an_abandoned_one_may_go() -> None:
     table.cancel_wait(1)
     assert isinstance(table.acquire(B, (4,), 2), StartLoad)
     table.loaded(B)
-    table.abandon(B)
+    table.cancel_wait(2)
     assert isinstance(table.acquire(C, (4,), 3), StartLoad)
 
 
@@ -285,6 +285,53 @@ def test_prepare_takes_no_lease_and_keeps_against_younger_requests() -> None:
     assert table.residents()[0].leases == 0
     assert table.prepare(B, (4,), 5) == FULL
     assert isinstance(table.prepare(C, (4,), 3), StartLoad)
+
+
+# -- a request that wants several ----------------------------------------------
+
+
+def test_what_it_has_makes_no_room_for_the_rest_of_what_it_wants() -> None:
+    table = SlotTable(2, (8,))
+    hold(table, A, (4,), 1)
+    table.release(A)
+    hold(table, C, (4,), 2)
+    assert table.prepare(A, (4,), 5) == Present(0)
+    assert table.prepare(B, (4,), 5) == FULL
+    assert table.prepare(C, (4,), 6) == FULL, "drained for it, though A has no lease"
+    table.release(C)
+    assert isinstance(table.prepare(B, (4,), 5), StartLoad)
+    table.loaded(B)
+    assert (table.acquire(A, (4,), 5), table.acquire(B, (4,), 5)) == (Acquired(0), Acquired(1))
+
+
+def test_what_a_younger_one_has_found_gives_way_to_an_older_one() -> None:
+    table = SlotTable(2, (8,))
+    hold(table, A, (4,), 1)
+    load(table, B, (4,), 9)
+    assert table.prepare(B, (4,), 9) == Present(1)
+    assert table.prepare(C, (4,), 9) == FULL
+    assert isinstance(table.prepare(D, (4,), 3), StartLoad), "B goes: 9 waits for another still"
+
+
+def test_what_never_fits_together_is_refused_to_the_one_who_wants_it_alone() -> None:
+    table = SlotTable(2, (6,))
+    hold(table, A, (4,), 1)
+    table.release(A)
+    assert table.prepare(A, (4,), 5) == Present(0)
+    assert table.acquire(B, (4,), 7) == FULL, "for itself it would fit"
+    with pytest.raises(AdapterLoadError, match="beside the other adapters of its ensemble"):
+        table.prepare(B, (4,), 5)
+    table.cancel_wait(5)
+    assert isinstance(table.acquire(B, (4,), 7), StartLoad)
+
+
+def test_what_was_to_make_room_is_found_to_be_wanted_too() -> None:
+    table = SlotTable(1, (8,))
+    hold(table, A, (4,), 1)
+    assert table.prepare(B, (4,), 5) == FULL
+    assert table.prepare(A, (4,), 5) == Present(0)
+    with pytest.raises(AdapterLoadError, match="beside the other adapters of its ensemble"):
+        table.prepare(B, (4,), 5)
 
 
 # -- the line -----------------------------------------------------------------

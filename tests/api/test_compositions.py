@@ -24,6 +24,28 @@ def test_a_composition_is_worn_and_named(route):
     assert (members, request.adapter.composition.weights) == (["pirate@2", "haiku@1"], (0.7, 0.25))
 
 
+@pytest.mark.parametrize("members", [["pirate", "org/base"], {"pirate": 3, "org/base": 1}])
+def test_an_ensemble_may_have_the_base_among_its_members(members):
+    api = Api()
+    answer = api.complete(adapter={"ensemble": members}, echo=True)
+    assert answer.status_code == 200, answer.text
+    shown = "pirate@2,org/base" if isinstance(members, list) else "pirate@2:3,org/base:1"
+    assert answer.headers["x-manyhats-served-by"] == f"ensemble({shown})"
+    [request] = api.engine.requests
+    assert [None if lane is None else str(lane) for lane in request.adapter.lanes] == [
+        None, "pirate@2",
+    ]  # fmt: skip
+    usage = answer.json()["usage"]
+    assert usage["prompt_tokens"] == len(request.prompt_token_ids), "counted once"
+
+
+def test_an_ensembles_prompt_is_not_scored():
+    api = Api()
+    answer = api.complete(adapter={"ensemble": ["pirate", "haiku"]}, echo=True, logprobs=1)
+    assert_error(answer, 400, "invalid_request", "echo", "not served for an ensemble")
+    assert api.engine.requests == []
+
+
 def test_a_stack_streams():
     api = Api()
     answer = api.chat(adapter={"stack": ["haiku", "pirate@1"]}, stream=True)
@@ -36,10 +58,13 @@ def test_null_is_as_if_left_out():
 
 
 BAD = {
-    "a name": ("pirate", "adapter", "stack or weighted"),
+    "a name": ("pirate", "adapter", "stack or weighted or ensemble"),
     "two kinds": ({"stack": ["pirate"], "weighted": {}}, "adapter", "one field"),
     "another kind": ({"sum": ["pirate"]}, "adapter.sum", "unknown field"),
-    "an ensemble": ({"ensemble": ["pirate", "haiku"]}, "adapter.ensemble", "not served"),
+    "neither form": ({"ensemble": "pirate"}, "adapter.ensemble", "a list of names or an object"),
+    "no weight": ({"ensemble": {"pirate": 0}}, "adapter.ensemble.pirate", "over 0"),
+    "no member": ({"ensemble": []}, "adapter.ensemble", "1 to 8"),
+    "a member twice": ({"ensemble": ["haiku", "haiku@1"]}, "adapter.ensemble[1]", "named twice"),
     "no list": ({"stack": {"pirate": 1}}, "adapter.stack", "a list of names"),
     "no object": ({"weighted": ["pirate"]}, "adapter.weighted", "an object"),
     "empty": ({"stack": []}, "adapter.stack", "1 to 8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import re
 
 import httpx
 import pytest
@@ -62,6 +63,17 @@ def test_what_can_never_pass_is_no_429(quotas, status, param):
     api, headers = make(**quotas)
     error(api.complete(headers=headers, max_tokens=30), status, param)
     assert api.engine.requests == []
+
+
+def test_every_lane_of_an_ensemble_is_paid_for():
+    api, headers = make(tokens_per_minute=1)
+
+    def wanted(**fields):
+        message = error(api.complete(headers=headers, **fields), 400, "max_tokens")["message"]
+        return int(re.search(r"come to (\d+) tokens", message)[1])
+
+    whole = {"ensemble": ["pirate", "haiku", "org/base"]}
+    assert wanted(adapter=whole) == 3 * wanted()
 
 
 def test_the_quota_of_max_tokens_bounds_what_is_not_said():

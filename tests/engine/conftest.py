@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.server import share_kernels
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home for engines that keep nothing but the compiled kernels in it: compiled once."""
-    return tmp_path_factory.getbasetemp() / "home"
+    """A home for engines that keep nothing but the compiled kernels in it."""
+    folder = tmp_path_factory.getbasetemp() / "home"
+    share_kernels(folder)
+    return folder

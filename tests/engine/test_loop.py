@@ -98,6 +98,15 @@ def test_a_loop_that_dies_tells_everybody_and_takes_nothing_more(base, tmp_path)
             engine.submit(PROMPT, params(4))
 
 
+def test_a_request_that_no_step_has_seen_is_told_of_the_end_too(base, tmp_path):
+    with LocalEngine(base, tmp_path) as engine:
+        with engine.together():
+            engine.engine.loop._mailbox.post(lambda: 1 / 0)  # a defect between two steps
+            request = engine.submit(PROMPT, params(4))
+        ((output,),) = engine.wait(request)
+        assert isinstance(output.error, EngineFailedError)
+
+
 def test_a_full_queue_is_refused_whole(base, tmp_path):
     with LocalEngine(base, tmp_path, max_queue=3) as engine:
         with engine.together():

@@ -14,6 +14,7 @@ from manyhats.errors import (
     RequestError,
 )
 from manyhats.lifecycle.compositions import (
+    BASE_DIGEST,
     NamedComposition,
     composed,
     from_json,
@@ -27,6 +28,9 @@ A, B = (AdapterRef(name, v, Digest(digit * 64), n) for name, v, digit, n in (
     ("a", 1, "f", 2), ("b", 3, "0", 1),
 ))  # fmt: skip
 STACK, WEIGHTED = CompositionKind.STACK, CompositionKind.WEIGHTED
+ENSEMBLE = CompositionKind.ENSEMBLE
+BASE = AdapterRef(BASE_ID, 0, BASE_DIGEST)
+NESTED = composed(ENSEMBLE, [composed(STACK, [A, B], ()), BASE, A], ())
 
 
 @pytest.fixture
@@ -60,7 +64,26 @@ def test_what_a_composition_is_called_and_its_digest():
     assert composed(STACK, [renamed, B], ()).digest == stack.digest
 
 
-@pytest.mark.parametrize("ref", [composed(STACK, [A, B], ()), composed(WEIGHTED, [A, B], [0.7, 3])])
+def test_an_ensemble_has_a_lane_a_member():
+    assert str(NESTED) == f"ensemble(stack(a@1,b@3),{BASE_ID},a@1)"
+    assert NESTED.virtual_tokens == 3, "the most that one lane has"
+    assert NESTED.lanes[0] is None, "in the order of the digests"
+    assert set(NESTED.lanes[1:]) == {A, composed(STACK, [A, B], ())}
+    assert composed(ENSEMBLE, [A, B], ()).digest == composed(ENSEMBLE, [B, A], ()).digest
+    assert composed(ENSEMBLE, [A, B], [1, 1]).digest != composed(ENSEMBLE, [A, B], [2, 1]).digest
+    stack = composed(STACK, [A, B], ())
+    assert stack.lanes == (stack,)
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        composed(STACK, [A, B], ()),
+        composed(WEIGHTED, [A, B], [0.7, 3]),
+        NESTED,
+        composed(ENSEMBLE, [A, B], [1, 2]),
+    ],
+)
 def test_the_stored_form_is_read_back(ref):
     assert from_json(to_json(ref.composition)) == ref.composition
 
@@ -109,6 +132,26 @@ def test_a_registered_composition_is_a_version_like_any(adapters):
     with pytest.raises(ModelNotFoundError) as caught:
         register(adapters, "more", STACK, "a", "x")
     assert caught.value.param == "composition.stack[1]"
+
+
+def test_a_registered_ensemble_holds_its_members(adapters):
+    register(adapters, "mix", STACK, "a", "b")
+    card = register(adapters, "team", ENSEMBLE, "mix", "c", BASE_ID, weights=(2.0, 1.0, 1.0))
+    assert (str(card.ref), card.family, card.max_rank) == ("team@1", "ensemble", 4)
+    service = adapters.service
+    assert service.resolve("team", DEFAULT_TENANT) == card.ref
+    assert {str(m) for m in card.ref.composition.members} == {"mix@1", "c@1", BASE_ID}
+    for name in ("mix", "c"):
+        with pytest.raises(ConflictError, match="team@1"):
+            service.delete(name, DEFAULT_TENANT)
+    for kind in (STACK, ENSEMBLE):
+        with pytest.raises(RequestError, match=r"team@1 is an? .* itself"):
+            register(adapters, "more", kind, "team", "a")
+    assert register(adapters, "lone", ENSEMBLE, BASE_ID).max_rank == 0
+    service.delete("team", DEFAULT_TENANT)
+    service.delete("mix", DEFAULT_TENANT)
+    again = register(adapters, "team", ENSEMBLE, "a", "c").ref
+    assert again.version == 2
 
 
 def test_members_are_pinned(adapters):

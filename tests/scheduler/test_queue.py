@@ -78,6 +78,20 @@ def test_passing_over_skips_the_adapter_for_every_tenant_and_for_this_scan_alone
     assert set(take_all(queue)) == {a1, b1}
 
 
+def test_a_younger_sequence_does_not_speak_for_an_older_one() -> None:
+    """An adapter that makes room for somebody is closed to the younger ones alone."""
+    queue = WaitingQueue()
+    old, young = make_seq("b", "x"), make_seq("a", "x")
+    for seq in (young, old):
+        queue.push(seq)
+    scan = queue.scan()
+    assert scan.head() is young
+    scan.pass_over()
+    assert scan.head() is old
+    scan.pass_over()
+    assert scan.head() is None
+
+
 def test_dropping_leaves_the_turn_where_it_is() -> None:
     queue = WaitingQueue()
     a1, a2, b1 = make_seq("a"), make_seq("a"), make_seq("b")

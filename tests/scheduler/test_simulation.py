@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
-from manyhats.errors import AdapterLoadError
+from manyhats.engine.ensembles import wholes
+from manyhats.errors import AdapterLoadError, ContextLengthError, RequestError
 from manyhats.scheduler.blocks import BlockManager
+from manyhats.scheduler.deadlines import Deadlines
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
 from manyhats.scheduler.scheduler import Scheduler
 from manyhats.types import (
@@ -43,7 +45,7 @@ class Adapters:
         self.broken = broken
         self.loading: dict[Digest, int] = {}
         self.errors: set[Digest] = set()
-        self.leases: dict[int, Digest] = {}
+        self.leases: dict[int, Digest] = {}  # by sequence, or by lane
 
     def tick(self) -> None:
         for digest in tuple(self.loading):
@@ -62,10 +64,14 @@ class Adapters:
         assert seq.id not in self.leases
         digest = seq.adapter.digest
         if digest in self.errors:
-            self.table.cancel_wait(seq.id)
+            self.table.cancel_wait(seq.ticket)
             return Failed(AdapterLoadError("broken"))
         call = self.table.acquire if lease else self.table.prepare
-        answer = call(digest, RANKS[digest], seq.id)
+        try:
+            answer = call(digest, RANKS[digest], seq.ticket)
+        except AdapterLoadError as error:
+            self.table.cancel_wait(seq.ticket)
+            return Failed(error)
         if isinstance(answer, StartLoad):
             self.loading[digest] = self.delay
         if isinstance(answer, StartLoad | Wait):
@@ -87,21 +93,25 @@ class Adapters:
 
     def cancel(self, seq: Sequence) -> None:
         assert seq.id not in self.leases
-        self.table.cancel_wait(seq.id)
+        self.table.cancel_wait(seq.ticket)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request of ``n`` choices that comes after ``gap`` steps and leaves after ``patience``."""
+    """A request of ``n`` choices that comes after ``gap`` steps, leaves after ``patience`` and has
+    ``time`` steps to end in.
+    """
 
     gap: int
     tenant: str
-    adapter: str | None
+    adapter: str | tuple[str | None, ...] | None
     prompt: tuple[int, ...]
     max_tokens: int
     n: int
     patience: int | None
     background: bool = False
+    time: int | None = None
+    urgency: int = 0
 
 
 @dataclass
@@ -116,62 +126,79 @@ class World:
     memory: dict[tuple[int, int], tuple[object, ...]] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
     background_tokens: int = 2
-    finished: set[int] = field(default_factory=set)
+    finished: dict[int, int] = field(default_factory=dict)  # in which step
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ever_admitted: set[int] = field(default_factory=set)
 
     def step(self, now: int) -> None:
         self.adapters.tick()
         running = list(self.scheduler._running)
-        decoding = [s for s in running if len(s.token_ids) - s.num_computed == 1]
+        decoding = [
+            lane
+            for s in running
+            if not s.background and all(e.left == 1 for e in s.computed)
+            for lane in s.computed
+        ]
         schedule = self.scheduler.schedule(float(now))
-        self.check_shape(schedule, [s for s in decoding if not s.background])
+        self.check_shape(schedule, decoding)
         self.check_background(schedule, running)
         for seq in schedule.preempted:
-            assert (seq.num_computed, seq.block_ids, seq.slot) == (0, [], BASE_SLOT)
-            self.computed.pop(seq.id, None)
+            for lane in seq.computed:
+                self.computed.pop(lane.id, None)
+                if seq.status is SequenceStatus.WAITING:
+                    assert (lane.num_computed, lane.block_ids, lane.slot) == (0, [], BASE_SLOT)
         for item in schedule.items:
             self.compute(item.sequence, item.start, item.count)
-        for item in schedule.items:
-            seq = item.sequence
-            token = self.next_token(seq) if item.samples else None
+        for items in wholes(schedule.items).values():
+            seq = items[0].sequence.whole or items[0].sequence
+            draws = {i.samples for i in items}
+            assert len(draws) == 1, "all lanes draw in the same step, or none"
+            token = self.next_token(seq) if draws == {True} else None
             if token is not None:
+                assert len(items) == len(seq.computed)
                 self.tokens[seq.id].append(token)
             done = token is not None and seq.output_len + 1 == seq.params.max_tokens
-            self.scheduler.complete(item, token, done)
+            self.scheduler.complete_lanes(items, token, done)
             if done:
-                self.finished.add(seq.id)
+                self.finished[seq.id] = now
         self.check_books()
 
     def check_shape(self, schedule: Schedule, decoding: list[Sequence]) -> None:
         items = schedule.items
         assert schedule.num_tokens == sum(i.count for i in items) <= self.max_tokens
         assert len({i.sequence.id for i in items}) == len(items)
-        assert self.scheduler.num_running <= self.max_seqs
+        running = list(self.scheduler._running)
+        places = sum(len(s.computed) for s in running)
+        assert places == self.scheduler._running.places <= self.max_seqs
         single = [i.count == 1 and i.samples for i in items]
         assert single == sorted(single, reverse=True), "decodes are packed first"
         served = {i.sequence for i in items}
-        assert set(decoding) <= served | set(schedule.preempted), "no decode is starved"
-        assert not served & set(schedule.preempted)
+        gone = {lane for s in schedule.preempted for lane in s.computed}
+        assert set(decoding) <= served | gone, "no decode is starved"
+        # For somebody whose adapter then failed, so that nobody else computes anything.
+        assert not served & gone or all(lane.background for lane in served)
         for item in items:
             seq = item.sequence
-            assert seq.status is SequenceStatus.RUNNING
+            assert (seq.whole or seq).status is SequenceStatus.RUNNING
             assert item.count >= 1
             assert item.samples == (item.start + item.count == len(seq.token_ids))
             assert (seq.adapter is None) == (seq.slot == BASE_SLOT)
         first = {s.id for s in self.scheduler.first_admissions}
-        live = {i.sequence.id for i in items if not i.sequence.background}
-        assert first == live - self.ever_admitted
+        live = {i.sequence.ticket for i in items if not i.sequence.background}
+        begun = live - self.ever_admitted
+        idle = {s.id for s in running if s.lanes}  # no lane may end before the others can
+        assert begun <= first <= begun | idle
         self.ever_admitted |= first
 
     def check_background(self, schedule: Schedule, before: list[Sequence]) -> None:
         ours = [i for i in schedule.items if i.sequence.background]
         live = [i for i in schedule.items if not i.sequence.background]
-        assert all(s.num_cached == 0 for s in before if s.background)
+        assert all(e.num_cached == 0 for s in before if s.background for e in s.computed)
         if live or self.scheduler.num_waiting:
             assert sum(i.count for i in ours) <= self.background_tokens
         if self.scheduler.num_waiting:
-            assert {i.sequence for i in ours} <= set(before), "admitted before a live one"
+            whose = {i.sequence.whole or i.sequence for i in ours}
+            assert whose <= set(before), "admitted before a live one"
         if any(not s.background for s in schedule.preempted):
             assert not ours
             assert not self.scheduler.num_background[1], "a live one was preempted first"
@@ -203,11 +230,11 @@ class World:
     def check_books(self) -> None:
         self.blocks.check_invariants()
         self.adapters.table.check_invariants()
-        running = list(self.scheduler._running)
+        running = [lane for s in self.scheduler._running for lane in s.computed]
         assert self.blocks.num_used == len({b for s in running for b in s.block_ids})
         assert set(self.adapters.leases) == {s.id for s in running if s.adapter is not None}
         waiting, ran = self.scheduler.num_background
-        assert ran == sum(s.background for s in running)
+        assert ran == sum(s.background for s in self.scheduler._running)
         assert self.scheduler.num_running + self.scheduler.num_waiting + waiting == sum(
             len(v) for v in self.scheduler._requests.values()
         )
@@ -218,12 +245,19 @@ ARRIVALS = st.lists(
         Arrival,
         gap=st.integers(0, 4),
         tenant=st.sampled_from(["t", "u", "v"]),
-        adapter=st.sampled_from([None, None, *NAMES]),
+        adapter=st.one_of(
+            st.sampled_from([None, None, *NAMES]),
+            st.lists(st.sampled_from([None, *NAMES]), min_size=1, max_size=3, unique=True).map(
+                tuple
+            ),
+        ),
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple),
         max_tokens=st.integers(1, 9),
         n=st.integers(1, 3),
         patience=st.one_of(st.none(), st.none(), st.integers(0, 12)),
         background=st.sampled_from([False, False, True]),
+        time=st.one_of(st.none(), st.none(), st.integers(0, 25)),
+        urgency=st.sampled_from([0, 0, 0, 1]),
     ),
     min_size=1,
     max_size=14,
@@ -267,26 +301,41 @@ def test_every_sequence_ends_and_nothing_leaks(
     pending = list(enumerate(arrivals))
     due = arrivals[0].gap
     leaving: dict[str, int] = {}
+    deadlines = Deadlines(lambda: scheduler._requests)
     everyone: list[Sequence] = []
     ended: set[int] = set()
     now = 0
     while pending or scheduler.has_work:
         while pending and due <= now:
             number, arrival = pending.pop(0)
-            seqs = [sequence(next(ids), f"r{number}", i, arrival) for i in range(arrival.n)]
+            deadline = None if arrival.time is None else now + arrival.time
+            seqs = [
+                sequence(next(ids), f"r{number}", i, arrival, deadline) for i in range(arrival.n)
+            ]
             world.tokens.update({s.id: [] for s in seqs})
-            scheduler.add_all(seqs)
+            try:
+                scheduler.add_all(seqs)
+            except (ContextLengthError, RequestError):  # more lanes or blocks than there are
+                assert isinstance(arrival.adapter, tuple)
+                due = now + pending[0][1].gap if pending else 0
+                continue
             everyone += seqs
+            if deadline is not None:
+                deadlines.add(f"r{number}", deadline)
             if arrival.patience is not None:
                 leaving[f"r{number}"] = now + arrival.patience
             due = now + pending[0][1].gap if pending else 0
         for request_id in [r for r, when in leaving.items() if when <= now]:
             del leaving[request_id]
             ended |= {s.id for s in scheduler.abort(request_id)}
+        for request_id in deadlines.expired(now):
+            late = scheduler.abort(request_id)
+            assert not {s.request_id for s in late} - {request_id}
+            ended |= {s.id for s in late}
         world.step(now)
         for seq, _ in scheduler.take_failed():
-            assert seq.adapter is not None
-            assert seq.adapter.name in broken
+            worn = {lane.adapter.name for lane in seq.computed if lane.adapter is not None}
+            assert worn & broken or len(worn) > slots or too_many_rows(worn)
             ended.add(seq.id)
         now += 1
         assert now < 3000, "somebody starves"
@@ -294,29 +343,55 @@ def test_every_sequence_ends_and_nothing_leaks(
         assert seq.status is SequenceStatus.FINISHED
         assert (seq.id in world.finished) != (seq.id in ended)
         assert seq.token_ids[: seq.prompt_len] == list(arrivals[int(seq.request_id[1:])].prompt)
-        assert seq.token_ids[seq.prompt_len :] == world.tokens[seq.id]
+        for lane in (seq, *seq.lanes):
+            assert lane.token_ids[lane.prompt_len :] == world.tokens[seq.id]
         if seq.id in world.finished:
             assert seq.output_len == seq.params.max_tokens
+            assert seq.deadline is None or world.finished[seq.id] < seq.deadline
     assert blocks.num_free == num_blocks
     assert adapters.leases == {}
     assert all(r.leases == 0 for r in adapters.table.residents())
     assert adapters.table.waiting() == ()
 
 
-def sequence(ident: int, request_id: str, index: int, arrival: Arrival) -> Sequence:
-    name = arrival.adapter
-    return Sequence(
-        ident,
-        request_id,
-        index,
-        TenantId(arrival.tenant),
-        SamplingParams(max_tokens=arrival.max_tokens, seed=index),
-        AdapterRef(name, 1, Digest(name)) if name is not None else None,
-        0.0,
-        len(arrival.prompt),
-        list(arrival.prompt),
-        Priority.BACKGROUND if arrival.background else Priority.NORMAL,
+def too_many_rows(worn: set[str]) -> bool:
+    """Whether they may not fit together: not the sum alone, as rows lie in runs."""
+    return any(sum(RANKS[name][site] for name in worn) > 3 for site in (0, 1))
+
+
+def sequence(
+    ident: int, request_id: str, index: int, arrival: Arrival, deadline: float | None = None
+) -> Sequence:
+    """A sequence; one of an ensemble with a lane a member."""
+
+    def made(number: int, name: str | None, virtual: int = 0) -> Sequence:
+        return Sequence(
+            number,
+            request_id,
+            index,
+            TenantId(arrival.tenant),
+            SamplingParams(max_tokens=arrival.max_tokens, seed=index),
+            AdapterRef(name, 1, Digest(name), virtual) if name is not None else None,
+            0.0,
+            len(arrival.prompt) + virtual,
+            [0] * virtual + list(arrival.prompt),
+            Priority.BACKGROUND if arrival.background else Priority.NORMAL,
+            deadline=deadline,
+            urgency=arrival.urgency,
+        )
+
+    if not isinstance(arrival.adapter, tuple):
+        return made(ident, arrival.adapter)
+    whole = made(ident, f"({'+'.join(map(str, arrival.adapter))})")
+    whole.lanes = tuple(
+        made(100_000 + 10 * ident + i, name, i)
+        if name is not None
+        else made(100_000 + 10 * ident + i, None)
+        for i, name in enumerate(arrival.adapter)
     )
+    for lane in whole.lanes:
+        lane.whole = whole
+    return whole
 
 
 @settings(max_examples=40, deadline=None)

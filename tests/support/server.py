@@ -19,6 +19,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from manyhats.config import Settings
+
 _ADDRESS = re.compile(r" at (http://\S+)$", re.MULTILINE)
 
 
@@ -60,6 +62,7 @@ class Server:
 @contextmanager
 def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[Server]:
     """``python -m manyhats serve`` on a free port, once it answers; ended by SIGTERM afterwards."""
+    share_kernels(home)
     command = [
         sys.executable,
         "-m",
@@ -74,6 +77,14 @@ def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with running_command(command, env, timeout=timeout) as server:
         yield server
+
+
+def share_kernels(home: Path) -> None:
+    """Gives a home the kernels that `make test` has compiled: a compiler takes ten seconds."""
+    kernels = Settings().home / "kernels"
+    if kernels.is_dir() and not (home / "kernels").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "kernels").symlink_to(kernels, target_is_directory=True)
 
 
 @contextmanager

@@ -47,7 +47,10 @@ def compose(
     Raises:
         AdapterRejectedError: ``cannot_compose``, naming the adapters, the site and the parts;
             ``rank_too_large``, ``too_large``, ``non_finite``.
+        ValueError: An ensemble, which is no one adapter.
     """
+    if composition.kind is CompositionKind.ENSEMBLE:
+        raise ValueError(f"{ref} has no parts of its own: its members run side by side")
     weights = composition.weights or (1.0,) * len(members)
     sites: dict[str, SiteParts] = {}
     for name in dict.fromkeys(site for member in members for site in member.sites):

@@ -9,8 +9,11 @@ Pure bookkeeping for the step loop's thread; it moves no weights. What it promis
   and only the first of the line is placed. For it, *victims* are chosen among the adapters in use
   (fewest leases, then least recently used) and drained: requests younger than the waiting one get
   no new lease on a victim and join the line; its leases end, and it is evicted.
-- An adapter that was loaded for a waiting request keeps its place until its first lease, so that
-  nothing is loaded only to be thrown out again; until then it is not drained either.
+- An adapter that was loaded for a waiting request keeps its place until that request comes for it,
+  so that nothing is loaded only to be thrown out again; until then it is not drained either.
+- A request may want several adapters at once (an ensemble) and asks for each with one ticket. What
+  it has found present already is kept for it against younger requests, and never makes room for its
+  others. So the oldest of such requests always gets on.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class _Entry:
     requesters: set[int]  # requests that the place is kept for, until the next lease
     ready: bool = False
     leased_before: bool = False
+    claimed: bool = False  # the request that it was brought for has found it present
     leases: int = 0
     pinned: bool = False
     dropped: bool = False
@@ -56,7 +60,7 @@ class _Entry:
 
     def evictable(self, ticket: int) -> bool:
         """Whether it may go at once for a request with this ticket."""
-        if not self.ready or self.leases or self.pinned or self.reserved:
+        if not self.ready or self.leases or self.pinned or (self.reserved and not self.claimed):
             return False
         return not self.requesters or min(self.requesters) > ticket
 
@@ -113,7 +117,14 @@ class SlotTable:
         entry = self._ask(digest, ranks, ticket)
         if not isinstance(entry, _Entry):
             return entry
+        if not entry.claimed and ticket in entry.requesters:
+            entry.claimed = True
+            self._epoch += 1
         entry.requesters.add(ticket)
+        drain, head = self._drain, self._line.head
+        if drain and head and digest in drain.victims and head.oldest == ticket:
+            self._drain = None  # what was to make room for it is what it wants as well
+        self._line.leave(digest)  # as the head it would hold up what else the request wants
         return Present(entry.place.slot)
 
     def cancel_wait(self, ticket: int) -> None:
@@ -136,11 +147,6 @@ class SlotTable:
     def load_failed(self, digest: Digest) -> None:
         """The copy failed: free the place. The caller tells whoever waited for it."""
         self._remove(self._loading(digest))
-
-    def abandon(self, digest: Digest) -> None:
-        """Nobody waits for this adapter any more: it may be evicted as any other."""
-        self._entry(digest).requesters.clear()
-        self._epoch += 1
 
     def release(self, digest: Digest) -> None:
         """End one lease. The last one of a dropped adapter frees its place."""
@@ -258,7 +264,11 @@ class SlotTable:
         if victims is not None:
             return self._place(waiter, victims)
         waiter.tried = self._epoch
-        self._plan_drain(waiter)
+        if not self._plan_drain(waiter) and ticket == waiter.oldest:
+            self._line.leave(digest)
+            raise AdapterLoadError(
+                "There is no room on the device for it beside the other adapters of its ensemble."
+            )
         return Wait(WaitReason.FULL)
 
     def _victims(
@@ -287,21 +297,25 @@ class SlotTable:
             return False
         return entry.digest in drain.victims and ticket > head.oldest
 
-    def _plan_drain(self, waiter: Waiter) -> None:
+    def _plan_drain(self, waiter: Waiter) -> bool:
         """Choose victims for the head of the line, and keep to them: a new choice each time as
-        leases come and go might never see one drained."""
+        leases come and go might never see one drained. False: none do beside what it has."""
         drain = self._drain
+        candidates = [
+            e for e in self._entries.values() if not e.pinned and waiter.oldest not in e.requesters
+        ]
         if drain is not None and drain.digest == waiter.digest:
-            chosen = [e for d in drain.victims if (e := self._entries.get(d)) and not e.pinned]
-            if drain.layout == self._layout or self._victims(waiter.ranks, chosen) is not None:
+            chosen = [e for e in candidates if e.digest in drain.victims]
+            same = drain.layout == self._layout and len(chosen) == len(drain.victims)
+            if same or self._victims(waiter.ranks, chosen) is not None:
                 drain.layout = self._layout
-                return
-        candidates = [e for e in self._entries.values() if not e.pinned]
+                return True
         candidates.sort(key=lambda e: (not e.ready or e.reserved, e.leases))
         victims = self._victims(waiter.ranks, candidates)
         if victims is None:
-            raise SlotStateError(f"{waiter.digest} passed the check and still finds no room")
+            return False
         self._drain = _Drain(waiter.digest, frozenset(e.digest for e in victims), self._layout)
+        return True
 
     def _set_pin(self, entry: _Entry, pinned: bool) -> None:
         if entry.pinned != pinned:

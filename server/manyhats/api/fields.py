@@ -119,25 +119,31 @@ def parse_content(value: object) -> str:
     return "\n".join(texts)
 
 
+_LIST: Final = "a list of names"
+_OBJECT: Final = "an object from names to weights"
+_FORMS: Final = {
+    CompositionKind.STACK.value: (_LIST,),
+    CompositionKind.WEIGHTED.value: (_OBJECT,),
+    CompositionKind.ENSEMBLE.value: (_LIST, _OBJECT),
+}
+"""How the members of each kind may be given."""
+
+
 def parse_composition(value: object) -> NamedComposition | None:
-    """``{"stack": [names]}`` or ``{"weighted": {name: weight}}``, 1 to MAX_MEMBERS of them."""
+    """One kind with 1 to MAX_MEMBERS members: ``{"stack": [names]}``, ``{"weighted": {name:
+    weight}}``, or ``{"ensemble": ...}`` with either.
+    """
     if value is None:
         return None
     kinds = [kind.value for kind in CompositionKind]
     if not isinstance(value, dict) or len(value) != 1:
         raise problem(f"must be an object with one field: {' or '.join(kinds)}")
     [(kind, members)] = value.items()
-    if kind == "ensemble":
-        raise problem(
-            "ensembles are not served by this version: leave it out (stack and weighted are)",
-            ".ensemble",
-        )
     if kind not in kinds:
         raise problem(f"unknown field (known: {', '.join(kinds)})", f".{kind[:100]}")
-    wanted = list if kind == "stack" else dict
-    if not isinstance(members, wanted):
-        shown = "a list of names" if wanted is list else "an object from names to weights"
-        raise problem(f"must be {shown}", f".{kind}")
+    form = _LIST if isinstance(members, list) else _OBJECT if isinstance(members, dict) else ""
+    if not isinstance(members, list | dict) or form not in _FORMS[kind]:
+        raise problem(f"must be {' or '.join(_FORMS[kind])}", f".{kind}")
     if not 0 < len(members) <= MAX_MEMBERS:
         raise problem(f"has {len(members)} adapters: the bound is 1 to {MAX_MEMBERS}", f".{kind}")
     for i, name in enumerate(members):
@@ -149,6 +155,8 @@ def parse_composition(value: object) -> NamedComposition | None:
         if type(weight) not in (int, float) or not abs(weight) <= MAX_WEIGHT:
             bound = f"{MAX_WEIGHT:g}"
             raise problem(f"must be a number within -{bound} to {bound}", f".{kind}.{name[:140]}")
+        if kind == CompositionKind.ENSEMBLE.value and weight <= 0:
+            raise problem("must be a number over 0", f".{kind}.{name[:140]}")
     return NamedComposition(CompositionKind(kind), tuple(members), tuple(map(float, weights)))
 
 
@@ -208,7 +216,10 @@ CompositionField = Annotated[
             "anyOf": [
                 {"type": "object", "required": [kind], "additionalProperties": False,
                  "properties": {kind: members}}
-                for kind, members in (("stack", _STACK), ("weighted", _WEIGHTED))
+                for kind, members in (
+                    ("stack", _STACK), ("weighted", _WEIGHTED),
+                    ("ensemble", {"anyOf": [_STACK, _WEIGHTED]}),
+                )
             ] + [{"type": "null"}]
         }
     ),

@@ -16,6 +16,9 @@ from manyhats.types import OutputDelta
 async def metered(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, OutputDelta]]:
     """The job's deltas, as ``outputs`` gives them, within what its tenant may have.
 
+    Quotas of tokens pay for what is computed, each lane of an ensemble; usage counts as the answer
+    does, once.
+
     Nothing is taken before the first delta is asked for, and whatever is not used comes back at the
     end, however that comes about; the prompt is paid for unless the engine refused it. Raises
     QuotaExceededError (with when to come back), RequestError or PermissionDeniedError (a request
@@ -23,7 +26,7 @@ async def metered(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, Output
     """
     tenant, limiter = job.tenant, state.limiter
     quotas = state.tenants.quotas(tenant)
-    reserved = job.prompt_tokens + job.most_output_tokens
+    reserved = job.lanes * (job.prompt_tokens + job.most_output_tokens)
     try:
         refusal = await limiter.admit(tenant, job.id, quotas, reserved)
     except BaseException:
@@ -46,7 +49,7 @@ async def metered(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, Output
         paid = begun
         raise
     finally:
-        used = job.prompt_tokens + generated if paid else 0
+        used = job.lanes * (job.prompt_tokens + generated) if paid else 0
         await limiter.settle(tenant, job.id, quotas, max(0, reserved - used))
         if paid:
             adapter = None if job.adapter is None else job.adapter.name

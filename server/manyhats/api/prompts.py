@@ -57,6 +57,11 @@ class Job:
         return self.requests[0].tenant
 
     @property
+    def lanes(self) -> int:
+        """How often the model computes each token: once, or once a member of an ensemble."""
+        return 1 if self.adapter is None else len(self.adapter.lanes)
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each once however many choices it has."""
         return sum(len(request.prompt_token_ids) for request in self.requests)
@@ -91,6 +96,12 @@ async def plan_completion(
     tokenizer = state.engine.tokenizer
     encoded = [await _encode_prompt(tokenizer, prompt, bounds) for prompt in body.prompt]
     scoring = body.max_tokens == 0
+    if body.echo and body.logprobs is not None and adapter is not None and len(adapter.lanes) > 1:
+        raise RequestError(
+            "echo: log-probabilities of the prompt are not served for an ensemble; leave out echo "
+            "or logprobs",
+            param="echo",
+        )
     params = []
     for tokens in encoded:
         wanted = 1 if scoring else body.max_tokens

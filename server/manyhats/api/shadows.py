@@ -112,7 +112,7 @@ class Shadows:
     async def _nll(
         self, live: GenerationRequest, shadow: AdapterRef, answered: tuple[int, ...]
     ) -> float | None:
-        if not answered:
+        if not answered or shadow.is_ensemble:  # whose scores of given tokens are not served
             return None
         prompt = live.prompt_token_ids
         lanes = CompareRequest(live.tenant, (*prompt, *answered), len(prompt), (shadow,))

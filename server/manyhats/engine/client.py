@@ -152,6 +152,13 @@ class AsyncEngine:
     def _check(self, request: CompareRequest) -> None:
         if not request.adapters:
             raise RequestError("adapters: at least one lane is needed", param="adapters")
+        for adapter in request.adapters:
+            if adapter is not None and adapter.is_ensemble:
+                raise RequestError(
+                    f"adapters: {adapter} is an ensemble, whose scores of given tokens are not "
+                    "served; its members can be compared",
+                    param="adapters",
+                )
         answer = len(request.token_ids) - request.answer_start
         if request.answer_start < 1 or answer < 1:
             raise RequestError(

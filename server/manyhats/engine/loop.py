@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -15,14 +16,14 @@ from typing import TypeVar
 import torch
 
 from manyhats.engine.interface import EngineObserver, EngineStats
-from manyhats.engine.mailbox import Mailbox
+from manyhats.engine.mailbox import Mailbox, Task
 from manyhats.engine.postprocess import Postprocessor, RowProbe, adapter_name
 from manyhats.engine.residency import AdapterResidency
 from manyhats.engine.runner import ModelRunner
 from manyhats.errors import DrainingError, EngineFailedError, ManyhatsError, QueueFullError
 from manyhats.scheduler.deadlines import Deadlines, out_of_time
 from manyhats.scheduler.scheduler import Scheduler
-from manyhats.types import GenerationRequest, OutputDelta, Priority, Schedule
+from manyhats.types import AdapterRef, GenerationRequest, OutputDelta, Priority, Schedule
 from manyhats.types import Sequence as LiveSequence
 
 logger = logging.getLogger(__name__)
@@ -173,21 +174,33 @@ class EngineLoop:
         torch.get_num_threads()  # torch sets up a thread's own count at its first use
         torch.set_num_threads(self._threads)
         self._ready.set()
+        tasks: deque[Task] = deque()
         try:
             ran = False
             while not self._stopping:
                 if not ran:
                     self._refresh_stats()  # nothing can be run until somebody posts
                 idle_s = None if ran else self._deadlines.wait_s(time.monotonic())
-                for task in self._mailbox.take(wait=not ran, timeout_s=idle_s):
-                    task()
+                tasks.extend(self._mailbox.take(wait=not ran, timeout_s=idle_s))
+                while tasks:
+                    tasks.popleft()()
                 ran = self.step()
             self._refresh_stats()
         except Exception as error:
             logger.critical("the step loop has ended by a defect", exc_info=True)
             self._failed = True
-            self.close_door()
+            with self._door:  # after this nobody posts a request any more
+                self.close_door()
+            self._take_in((*tasks, *self._mailbox.take(wait=False)))
             self._dismiss(EngineFailedError(f"the engine has failed: {error}"))
+
+    def _take_in(self, tasks: Sequence[Task]) -> None:
+        """Runs what was posted before the loop's end, so that those requests are told of it too."""
+        for task in tasks:
+            try:
+                task()
+            except Exception:
+                logger.exception("a task failed after the step loop's end")
 
     def _process(self, schedule: Schedule) -> Sequence[OutputDelta]:
         started = time.monotonic()
@@ -244,15 +257,30 @@ class EngineLoop:
         self._set_waiting()
 
     def _sequence(self, request: GenerationRequest, index: int) -> LiveSequence:
+        worn = request.adapter.lanes if request.adapter is not None else (None,)
+        if worn == (request.adapter,):
+            virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
+            return self._computed(request, index, request.adapter, virtual)
+        whole = self._computed(request, index, request.adapter, 0)
+        whole.lanes = tuple(
+            self._computed(request, index, lane, lane.virtual_tokens if lane is not None else 0)
+            for lane in worn
+        )
+        for lane in whole.lanes:
+            lane.whole = whole
+        return whole
+
+    def _computed(
+        self, request: GenerationRequest, index: int, adapter: AdapterRef | None, virtual: int
+    ) -> LiveSequence:
         self._sequence_ids += 1
-        virtual = request.adapter.virtual_tokens if request.adapter is not None else 0
         return LiveSequence(
             id=self._sequence_ids,
             request_id=request.request_id,
             index=index,
             tenant=request.tenant,
             params=request.params[index],
-            adapter=request.adapter,
+            adapter=adapter,
             arrival=request.arrival,
             deadline=request.deadline,
             urgency=request.urgency,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import tokenizers
 import torch
 
 from manyhats.engine.detokenize import Detokenizer
+from manyhats.engine.ensembles import united, wholes
 from manyhats.engine.grammar import GrammarMatcher
 from manyhats.engine.grammars import Grammars
 from manyhats.engine.interface import EngineObserver
@@ -111,10 +112,10 @@ class Postprocessor:
         drawn = self._sample(logits, errors)
         now = time.monotonic()
         deltas = []
-        for item in schedule.items:
-            if item.sequence.request_id in errors:
+        for ident, items in wholes(schedule.items).items():
+            if items[0].sequence.request_id in errors:
                 continue
-            delta = self._advance(item, drawn.get(item.sequence.id), now)
+            delta = self._advance(items, drawn.get(ident), now)
             if delta is not None:
                 deltas.append(delta)
         for request_id, error in errors.items():
@@ -147,7 +148,7 @@ class Postprocessor:
         self, logits: StepLogits, errors: dict[str, ManyhatsError]
     ) -> dict[int, SampledToken]:
         """The token of each sequence that drew one, by sequence id; failures go to ``errors``."""
-        sequences = [item.sequence for item in logits.sampled]
+        rows, sequences = united(logits.sampling, logits.sampled)
         matchers = {
             row: matcher
             for row, sequence in enumerate(sequences)
@@ -155,7 +156,7 @@ class Postprocessor:
         }
         masks, failed = self._grammars.masks(matchers)
         drawn: dict[int, SampledToken] = {}
-        for row, result in enumerate(self._sampler.sample(logits.sampling, sequences, masks)):
+        for row, result in enumerate(self._sampler.sample(rows, sequences, masks)):
             sequence = sequences[row]
             error = failed.get(row) or (result.error if isinstance(result, RowError) else None)
             if error is not None:
@@ -165,20 +166,21 @@ class Postprocessor:
         return drawn
 
     def _advance(
-        self, item: ScheduledSequence, drawn: SampledToken | None, now: float
+        self, items: Sequence[ScheduledSequence], drawn: SampledToken | None, now: float
     ) -> OutputDelta | None:
-        sequence = item.sequence
+        """``items``: those of one choice, more than one where it is an ensemble's."""
+        sequence = items[0].sequence.whole or items[0].sequence
         live = self._live[sequence.id]
         if drawn is None:
-            self._scheduler.complete(item, None, finished=False)
+            self._scheduler.complete_lanes(items, None, finished=False)
             return None
         if sequence.params.max_tokens == 0:
-            return self._finish_scoring(item, live, now)
+            return self._finish_scoring(items, live, now)
         token = drawn.token_id
         if live.matcher is not None:
             live.matcher.accept(token)
         text, reason = self._judge(sequence, live, token)
-        self._scheduler.complete(item, token, finished=reason is not None)
+        self._scheduler.complete_lanes(items, token, finished=reason is not None)
         first = sequence.first_token_at is None
         self._clock(sequence, now)
         delta = OutputDelta(
@@ -207,15 +209,17 @@ class Postprocessor:
             return piece.text, FinishReason.STOP
         if (
             sequence.output_len + 1 >= params.max_tokens
-            or len(sequence.token_ids) + 1 >= self._context_len
+            or max(len(s.token_ids) for s in sequence.computed) + 1 >= self._context_len
         ):
             return piece.text + live.detokenizer.flush(), FinishReason.LENGTH
         return piece.text, None
 
-    def _finish_scoring(self, item: ScheduledSequence, live: _Live, now: float) -> OutputDelta:
+    def _finish_scoring(
+        self, items: Sequence[ScheduledSequence], live: _Live, now: float
+    ) -> OutputDelta:
         """A request for no token at all: only its prompt's scores were wanted."""
-        sequence = item.sequence
-        self._scheduler.complete(item, None, finished=True)
+        sequence = live.sequence
+        self._scheduler.complete_lanes(items, None, finished=True)
         self._finish(sequence, FinishReason.LENGTH, now)
         return OutputDelta(
             sequence.request_id,

@@ -23,9 +23,10 @@ from manyhats.adapters.host import HostCache
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
 from manyhats.engine.interface import EngineObserver, ResidentAdapter
+from manyhats.engine.load_errors import as_load_error, check_virtual_tokens
 from manyhats.engine.pins import DevicePins
 from manyhats.engine.pool import AdapterPool
-from manyhats.errors import AdapterLoadError, AdapterRejectedError, ManyhatsError, RequestError
+from manyhats.errors import AdapterLoadError, ManyhatsError, RequestError
 from manyhats.scheduler.residency import Admission, Failed, Pending, Ready
 from manyhats.types import AdapterRef, Composition, Digest, Sequence
 
@@ -39,8 +40,8 @@ class _Entry:
     """What is known of one adapter version that somebody asked for.
 
     ``needs`` (``AdapterPool.needs``) is set once the adapter has been on the host, ``slot`` once it
-    has one; ``waiters`` are the ids of sequences that were told to wait; a failure holds for those
-    who waited when it happened. ``leases`` counts this file's own.
+    has one; ``waiters`` are the tickets of sequences that were told to wait; a failure holds for
+    those who waited when it happened. ``leases`` counts this file's own.
     """
 
     ref: AdapterRef
@@ -49,6 +50,7 @@ class _Entry:
     loading: bool = False
     placed: bool = False
     dropped: bool = False
+    found: bool = False
     leases: int = 0
     waiters: set[int] = field(default_factory=set)
     failed: dict[int, ManyhatsError] = field(default_factory=dict)
@@ -84,8 +86,13 @@ class AdapterResidency:
         self._device_thread = _threads("adapter-device", 1)
 
     def prefetch(self, ref: AdapterRef) -> None:
-        """Starts to bring the adapter to the host tier and undoes a ``drop``. Thread-safe."""
-        self._post(lambda: self._prefetch(ref))
+        """Starts to bring what the adapter's lanes wear to the host tier and undoes a ``drop``.
+
+        Thread-safe.
+        """
+        for worn in ref.lanes:
+            if worn is not None:
+                self._post(partial(self._prefetch, worn))
 
     def prepare(self, seq: Sequence) -> Admission:
         """Gets the adapter on its way, takes no lease; Ready where ``acquire`` would be too."""
@@ -101,6 +108,7 @@ class AdapterResidency:
             return
         digest = seq.adapter.digest
         self._slots.release(digest)
+        self._wake()
         entry = self._entries[digest]
         entry.leases -= 1
         if entry.dropped and not entry.leases:
@@ -114,11 +122,12 @@ class AdapterResidency:
         if seq.adapter is None:
             return
         digest = seq.adapter.digest
-        self._slots.cancel_wait(seq.id)
+        self._slots.cancel_wait(seq.ticket)
+        self._wake()
         entry = self._entries.get(digest)
         if entry is not None:
-            entry.waiters.discard(seq.id)
-            entry.failed.pop(seq.id, None)
+            entry.waiters.discard(seq.ticket)
+            entry.failed.pop(seq.ticket, None)
             self._forget_if_idle(digest)
 
     def drop(self, ref: AdapterRef) -> None:
@@ -179,28 +188,31 @@ class AdapterResidency:
         if seq.adapter is None:
             raise ValueError("a sequence of the base needs no slot")
         entry = self._entry(seq.adapter)
-        error = entry.failed.pop(seq.id, None)
+        error = entry.failed.pop(seq.ticket, None)
         if error is not None:
             return self._fail(seq, entry, error)
         if entry.needs is None:
             self._start_host_load(entry)
-            entry.waiters.add(seq.id)
+            entry.waiters.add(seq.ticket)
             return _PENDING
         ask = self._slots.acquire if lease else self._slots.prepare
         try:
-            answer = ask(entry.ref.digest, entry.needs, seq.id)
+            answer = ask(entry.ref.digest, entry.needs, seq.ticket)
         except AdapterLoadError as failure:
             return self._fail(seq, entry, failure)
+        if isinstance(answer, Present) and seq.whole is not None and not entry.found:
+            entry.found = True  # it may go to somebody older from now on
+            self._wake()
         return self._answer(seq, entry, answer)
 
     def _answer(
         self, seq: Sequence, entry: _Entry, answer: Acquired | Present | StartLoad | Wait
     ) -> Admission:
         if isinstance(answer, Acquired | Present):
-            entry.waiters.discard(seq.id)
+            entry.waiters.discard(seq.ticket)
             entry.leases += isinstance(answer, Acquired)
             return Ready(answer.slot)
-        entry.waiters.add(seq.id)
+        entry.waiters.add(seq.ticket)
         if isinstance(answer, StartLoad):
             for digest in answer.evicted:
                 evicted = self._entries[digest]
@@ -208,18 +220,22 @@ class AdapterResidency:
                 evicted.placed = False
                 self._clear(evicted)
                 self._forget_if_idle(digest)
-            entry.placed = True
+            entry.placed, entry.found = True, False
             entry.slot = answer.slot
             self._device_thread.submit(self._load_device, entry.ref, answer.slot, answer.starts)
         return _PENDING
+
+    def _wake(self) -> None:
+        """Room may have come for somebody who was asked for before in this step: have another."""
+        self._post(lambda: None)
 
     def _clear(self, entry: _Entry) -> None:
         """Frees the bytes of an adapter that has lost its place, before anything takes that."""
         self._device_thread.submit(self._pool.clear, entry.slot)
 
     def _fail(self, seq: Sequence, entry: _Entry, error: ManyhatsError) -> Failed:
-        entry.waiters.discard(seq.id)
-        self._slots.cancel_wait(seq.id)
+        entry.waiters.discard(seq.ticket)
+        self._slots.cancel_wait(seq.ticket)
         self._forget_if_idle(entry.ref.digest)
         return Failed(error)
 
@@ -253,9 +269,9 @@ class AdapterResidency:
         try:
             with self._hold(ref) as adapter:
                 needs = self._pool.needs(adapter)
-                _check_virtual_tokens(ref, adapter)
+                check_virtual_tokens(ref, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
-            failure = _as_load_error(ref, error)
+            failure = as_load_error(ref, error)
             self._post(lambda: self._failed(ref, failure))
             return
         self._observer.adapter_loaded(ref.label, "host", time.monotonic() - started)
@@ -267,7 +283,7 @@ class AdapterResidency:
             with self._hold(ref) as adapter:
                 self._pool.write(slot, starts, adapter)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
-            failure = _as_load_error(ref, error)
+            failure = as_load_error(ref, error)
             self._post(lambda: self._device_failed(ref, failure))
             return
         self._observer.adapter_loaded(ref.label, "device", time.monotonic() - started)
@@ -317,24 +333,6 @@ class AdapterResidency:
                 self._clear(entry)
             entry.placed = not gone
             self._forget_if_idle(digest)
-
-
-def _check_virtual_tokens(ref: AdapterRef, adapter: CompiledAdapter) -> None:
-    if adapter.virtual_tokens != ref.virtual_tokens:
-        raise AdapterLoadError(
-            f"adapter {ref} has {adapter.virtual_tokens} virtual tokens and is registered with "
-            f"{ref.virtual_tokens}: register it again",
-            param="model",
-        )
-
-
-def _as_load_error(ref: AdapterRef, error: Exception) -> ManyhatsError:
-    if isinstance(error, AdapterLoadError):
-        return error
-    if isinstance(error, AdapterRejectedError) and ref.composition is not None:
-        return error  # the members are fine, the caller put together what does not fit
-    logger.exception("loading adapter %s", ref, exc_info=error)
-    return AdapterLoadError(f"adapter {ref} cannot be loaded: {error}", param="model")
 
 
 def _threads(name: str, count: int) -> ThreadPoolExecutor:

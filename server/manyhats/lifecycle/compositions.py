@@ -17,13 +17,18 @@ from manyhats.types import AdapterRef, Composition, CompositionKind, Digest
 
 MAX_MEMBERS: Final = 8
 """Adapters in one composition."""
+BASE_DIGEST: Final = Digest("")
+"""That of the bare base as a member of an ensemble."""
 MAX_WEIGHT: Final = 100.0
 """Bound of a weight, either way."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedComposition:
-    """A composition as it was asked for: ``names`` in order, one of ``weights`` each or none."""
+    """A composition as it was asked for: ``names`` in order, one of ``weights`` each or none.
+
+    Weights of an ensemble are over 0; they are relative to each other.
+    """
 
     kind: CompositionKind
     names: tuple[str, ...]
@@ -40,8 +45,9 @@ def resolve_composition(
     """
     members: list[AdapterRef] = []
     for index, name in enumerate(wanted.names):
-        where = f"[{index}]" if wanted.kind is CompositionKind.STACK else f".{name[:140]}"
-        members.append(_member(name, resolve, f"{field}.{wanted.kind.value}{where}", members))
+        where = f".{name[:140]}" if wanted.weights else f"[{index}]"
+        param = f"{field}.{wanted.kind.value}{where}"
+        members.append(_member(wanted.kind, name, resolve, param, members))
     return composed(wanted.kind, members, wanted.weights)
 
 
@@ -49,21 +55,23 @@ def composed(
     kind: CompositionKind, members: Sequence[AdapterRef], weights: Sequence[float]
 ) -> AdapterRef:
     """What ``members``, in the order in which they were named, are called together."""
-    if kind is CompositionKind.STACK:
-        shown = [str(member) for member in members]
-        order = list(range(len(members)))
-        content: list[object] = [member.digest for member in members]
-    else:
+    order = list(range(len(members)))
+    if kind is not CompositionKind.STACK:
+        order.sort(key=lambda i: members[i].digest)
+    if weights:
         pairs = zip(members, weights, strict=True)
         shown = [f"{m}:{repr(float(w)).removesuffix('.0')}" for m, w in pairs]
-        order = sorted(range(len(members)), key=lambda i: members[i].digest)
-        content = [[members[i].digest, float(weights[i])] for i in order]
+        content: list[object] = [[members[i].digest, float(weights[i])] for i in order]
+    else:
+        shown = [str(member) for member in members]
+        content = [members[i].digest for i in order]
+    virtual = [member.virtual_tokens for member in members]
     text = json.dumps({kind.value: content}, separators=(",", ":"))
     return AdapterRef(
         name=f"{kind.value}({','.join(shown)})",
         version=0,
         digest=Digest(hashlib.sha256(text.encode()).hexdigest()),
-        virtual_tokens=sum(member.virtual_tokens for member in members),
+        virtual_tokens=max(virtual) if kind is CompositionKind.ENSEMBLE else sum(virtual),
         composition=Composition(
             kind,
             tuple(members[i] for i in order),
@@ -73,10 +81,11 @@ def composed(
 
 
 def to_json(composition: Composition) -> str:
-    """The stored form: members pinned to their versions."""
+    """The stored form: members pinned to their versions, with what those consist of."""
     weights = composition.weights or (None,) * len(composition.members)
     rows = [
         [m.name, m.version, m.digest, m.virtual_tokens, weight]
+        + ([] if m.composition is None else [to_json(m.composition)])
         for m, weight in zip(composition.members, weights, strict=True)
     ]
     return json.dumps({"kind": composition.kind.value, "members": rows}, separators=(",", ":"))
@@ -87,22 +96,23 @@ def from_json(text: str) -> Composition:
     stored = json.loads(text)
     kind = CompositionKind(stored["kind"])
     members = tuple(
-        AdapterRef(name, version, Digest(digest), virtual)
-        for name, version, digest, virtual, _ in stored["members"]
+        AdapterRef(name, version, Digest(digest), virtual, *(from_json(whole) for whole in rest))
+        for name, version, digest, virtual, _, *rest in stored["members"]
     )
-    weighted = kind is CompositionKind.WEIGHTED
-    return Composition(kind, members, tuple(r[4] for r in stored["members"]) if weighted else ())
+    weights = tuple(row[4] for row in stored["members"])
+    return Composition(kind, members, () if None in weights else weights)
 
 
 def shown(composition: Composition) -> dict[str, Any]:
     """As a request names it, with versions."""
     names = [str(member) for member in composition.members]
-    if composition.kind is CompositionKind.STACK:
+    if not composition.weights:
         return {composition.kind.value: names}
     return {composition.kind.value: dict(zip(names, composition.weights, strict=True))}
 
 
 def _member(
+    kind: CompositionKind,
     name: str,
     resolve: Callable[[str], AdapterRef | None],
     param: str,
@@ -112,10 +122,15 @@ def _member(
         ref = resolve(name)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{param}: {error.message}", param=param) from error
+    if ref is None and kind is CompositionKind.ENSEMBLE:
+        ref = AdapterRef(name, 0, BASE_DIGEST)
     if ref is None:
         raise RequestError(f"{param}: {name!r} is the base model, no adapter", param=param)
-    if ref.composition is not None:
+    whole = ref.composition
+    if whole is not None and kind is not CompositionKind.ENSEMBLE:
         raise RequestError(f"{param}: {ref} is a composition itself; name its members", param=param)
+    if whole is not None and whole.kind is CompositionKind.ENSEMBLE:
+        raise RequestError(f"{param}: {ref} is an ensemble itself; name its members", param=param)
     if any(ref.digest == other.digest for other in before):
         raise RequestError(f"{param}: {ref} is named twice", param=param)
     return ref

@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
+from manyhats.adapters.compose import compose
+from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
 from manyhats.errors import AdapterLoadError, AdapterRejectedError
@@ -59,6 +61,24 @@ def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -
         return replace(compile_folder(store.path(digest)), digest=digest)
     except AdapterRejectedError as exc:
         raise AdapterLoadError(f"adapter {digest} can no longer be served: {exc.message}") from exc
+
+
+def load_lanes(
+    store: AdapterStore, compile_folder: Compile, ref: AdapterRef, limits: AdapterLimits
+) -> Iterator[CompiledAdapter]:
+    """What the lanes of a composition wear, one after the other; the base's is left out.
+
+    Raises AdapterLoadError, AdapterRejectedError (not to be composed).
+    """
+    for lane in ref.lanes:
+        if lane is None:
+            continue
+        whole = lane.composition
+        if whole is None:
+            yield load_adapter(store, compile_folder, lane.digest)
+        else:
+            members = [load_adapter(store, compile_folder, m.digest) for m in whole.members]
+            yield compose(lane, whole, members, limits)
 
 
 class Tiers:

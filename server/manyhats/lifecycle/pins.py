@@ -43,12 +43,13 @@ class Pins:
     def pin(self, name: str, tenant: TenantId, cause: Cause, version: int | None = None) -> Route:
         """Keep ``version`` (None: the stable one) on the device, now and after a restart.
 
-        Raises ModelNotFoundError, ConflictError (it is retired, or too many are pinned),
-        ServiceError (the disk).
+        Raises ModelNotFoundError, ConflictError (it is retired, an ensemble, or too many are
+        pinned), ServiceError (the disk).
         """
 
         def update(entry: Entry) -> Route:
             wanted = entry.ready(_version(entry, version))
+            _check_single(entry, wanted)
             route = routes.with_pin(entry.route, wanted, pinned=True)
             others = [f"{e.name}@{v}" for e in self._registry.entries() for v in e.route.pinned]
             if route != entry.route and len(others) >= self._bound:
@@ -103,3 +104,10 @@ def _version(entry: Entry, version: int | None) -> int:
     if wanted == BASELINE:
         raise ConflictError(f"the base answers for {entry.name!r}: which version?", param="version")
     return wanted
+
+
+def _check_single(entry: Entry, version: int) -> None:
+    """An ensemble is nothing on the device: its members are, each a version of its own."""
+    record = entry.find(version)
+    if record is not None and record.ref.is_ensemble:
+        raise ConflictError(f"{record.ref} is an ensemble: pin its members", param="version")

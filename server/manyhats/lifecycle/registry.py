@@ -19,6 +19,7 @@ from manyhats.errors import ConfigError, ConflictError, ModelNotFoundError, Serv
 from manyhats.lifecycle import routes
 from manyhats.lifecycle.access import Access, OwnersOnly, check_quota
 from manyhats.lifecycle.audit import AuditEntry, Cause
+from manyhats.lifecycle.compositions import BASE_DIGEST
 from manyhats.lifecycle.ledger import Change, Ledger
 from manyhats.lifecycle.records import (
     AdapterRecord,
@@ -326,6 +327,8 @@ class Registry:
     def _check_members(self, composition: Composition | None) -> None:
         """Raises ConflictError where a member is no version any more."""
         for member in composition.members if composition else ():
+            if member.digest == BASE_DIGEST:
+                continue
             entry = self.entry(member.name)
             record = entry.find(member.version) if entry else None
             if record is None or record.ref.digest != member.digest:

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
-from manyhats.adapters.compose import compose
 from manyhats.adapters.files import AdapterLimits, locate
 from manyhats.adapters.staging import Staging
 from manyhats.adapters.store import AdapterStore
@@ -26,9 +25,13 @@ from manyhats.errors import (
 )
 from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.collector import Collector, Retention
-from manyhats.lifecycle.compositions import NamedComposition, resolve_composition
+from manyhats.lifecycle.compositions import (
+    BASE_DIGEST,
+    NamedComposition,
+    resolve_composition,
+)
 from manyhats.lifecycle.directory import AdapterCard
-from manyhats.lifecycle.loading import Compile, Residency, Tiers, load_adapter
+from manyhats.lifecycle.loading import Compile, Residency, Tiers, load_lanes
 from manyhats.lifecycle.names import NearNames
 from manyhats.lifecycle.records import (
     Entry,
@@ -237,24 +240,20 @@ class AdapterService:
             raise ValueError(f"{ref} is no composition")
         self._check_owned(ref.composition.members, tenant)
         with self._compiling:
-            members = [
-                load_adapter(self._store, self._compile, member.digest)
-                for member in ref.composition.members
-            ]
-            compiled = compose(ref, ref.composition, members, self._limits)
-            max_rank, nbytes = compiled.max_rank, compiled.nbytes
-            del members, compiled
+            worn = load_lanes(self._store, self._compile, ref, self._limits)
+            sizes = [(compiled.max_rank, compiled.nbytes) for compiled in worn]
         with self._changing:
             for member in ref.composition.members:
-                if resolve(str(member)) != member:  # raises where it was deleted meanwhile
+                # raises where it was deleted meanwhile
+                if member.digest != BASE_DIGEST and resolve(str(member)) != member:
                     raise ConflictError(f"{member} has changed meanwhile", param="composition")
             added = self._registry.add(
                 name,
                 ref.digest,
                 tenant=tenant,
                 family=ref.composition.kind.value,
-                max_rank=max_rank,
-                nbytes=nbytes,
+                max_rank=max((rank for rank, _ in sizes), default=0),
+                nbytes=sum(nbytes for _, nbytes in sizes),
                 source=source or ref.name,
                 virtual_tokens=ref.virtual_tokens,
                 composition=ref.composition,
@@ -268,6 +267,8 @@ class AdapterService:
     def _check_owned(self, members: Sequence[AdapterRef], tenant: TenantId) -> None:
         """Pinned members outlive a grant and hold up their owner: only one's own may be pinned."""
         for member in members:
+            if member.digest == BASE_DIGEST:
+                continue
             if self.visible(member.name, tenant).owner != tenant:
                 raise PermissionDeniedError(
                     f"composition: {member} is another tenant's; name it in the request instead",

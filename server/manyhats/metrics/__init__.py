@@ -1,8 +1,9 @@
 """Every Prometheus series, its labels and why they are bounded.
 
-``adapter`` is an adapter's name, ``(stack)`` or ``(weighted)`` for every composition that a request
-named, ``base`` for the bare base, or ``other``: the first N names to arrive keep a label of their
-own (N = the setting ``metrics_adapters``), so the label has at most N + 2 values; ``tenant``
+``adapter`` is an adapter's name, ``(stack)``, ``(weighted)`` or ``(ensemble)`` for every
+composition that a request named, ``base`` for the bare base, or ``other``: the first N names to
+arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
+N + 2 values; ``tenant``
 likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
 one of four finish reasons; ``measure`` is a field of ``lifecycle.evaluation.gate.Thresholds``;
 ``tier`` is ``host`` or ``device``; ``route`` is a template of the

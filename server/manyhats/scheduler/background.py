@@ -11,7 +11,9 @@ The rules, which ``Scheduler`` keeps:
   are preempted before any other, the one admitted last first, for the adapter's sake those that
   hold a lease. They wait at the front of their queue and keep the tokens they have generated;
 - one that waits for its adapter stops waiting for it as soon as a live sequence waits, so that no
-  slot is kept free for it.
+  slot is kept free for it;
+- one of an ensemble computes a token in all its lanes or in none, so beside live ones it gets on
+  where ``background_tokens`` are at least its lanes.
 
 So they delay a live sequence by at most one step, and once nobody else is there they get on.
 """
@@ -21,18 +23,18 @@ from __future__ import annotations
 from collections import deque
 
 from manyhats.errors import ManyhatsError
-from manyhats.scheduler.blocks import BlockManager
+from manyhats.scheduler.holdings import Holdings
 from manyhats.scheduler.plan import StepPlan
-from manyhats.scheduler.residency import Failed, Ready, Residency
+from manyhats.scheduler.residency import Failed, Ready
 from manyhats.scheduler.running import Running
-from manyhats.types import BASE_SLOT, Sequence
+from manyhats.types import Sequence
 
 
 class BackgroundQueue:
     """The background sequences that wait. Confined to the step loop's thread."""
 
-    def __init__(self, residency: Residency) -> None:
-        self._residency = residency
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
         self._seqs: deque[Sequence] = deque()
         self._asked: Sequence | None = None  # waits for its adapter, known to the residency
 
@@ -68,25 +70,27 @@ class BackgroundQueue:
     def withdraw(self) -> None:
         """Nobody here waits for an adapter any longer; the head will ask again."""
         if self._asked is not None:
-            self._residency.cancel(self._asked)
+            self._holdings.cancel(self._asked)
             self._asked = None
 
     def admit(
-        self, plan: StepPlan, running: Running, blocks: BlockManager, max_num_seqs: int
+        self, plan: StepPlan, running: Running, max_num_seqs: int
     ) -> tuple[Sequence, ManyhatsError] | None:
         """Admit while there is room. Returns the head once its adapter fails, out of the queue."""
-        while plan.left and len(running) < max_num_seqs:
+        while plan.left:
             seq = self.head()
-            if seq is None or not running.take_blocks(seq):
+            if seq is None or running.places + len(seq.computed) > max_num_seqs:
                 return None
-            answer = self._residency.acquire(seq) if seq.adapter is not None else Ready(BASE_SLOT)
+            if not self._holdings.take_blocks(seq, alone=not running):
+                return None
+            answer = self._holdings.prepare(seq)
             if isinstance(answer, Ready):
-                seq.slot = answer.slot
+                answer = self._holdings.lease(seq)
+            if isinstance(answer, Ready):
                 running.enter(self.pop())
                 plan.chunk(seq)
                 continue
-            blocks.cancel_match(seq)
-            seq.num_computed = 0
+            self._holdings.cancel_blocks(seq)
             if isinstance(answer, Failed):
                 return self.pop(), answer.error
             self._asked = seq

@@ -17,7 +17,7 @@ Two tenants of equal weight that both wait from time s to time t get service wit
 
 of each other (theorem 4.4), where M is the number of tokens, prompts and outputs, that those
 admitted at one time may come to together. A sequence that is computed again after a preemption is
-not charged again.
+not charged again. One of an ensemble is charged for each of its lanes, as each is computed.
 """
 
 from __future__ import annotations

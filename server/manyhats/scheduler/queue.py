@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
+from math import inf
 
 from manyhats.scheduler.fair import FairShares
 from manyhats.types import AdapterRef, Digest, Sequence, TenantId
@@ -119,7 +120,7 @@ class Scan:
         heapify(self._turns)
         self._number = len(self._turns)  # of the next turn: who had one goes behind its equals
         self._heaps: dict[TenantId, list[tuple[_Key, Digest | None]]] = {}
-        self._passed: set[Digest | None] = set()
+        self._passed: dict[Digest | None, float] = {}  # adapter: the oldest it was pending for
 
     def head(self) -> Sequence | None:
         """The sequence that is to be served next, None when nothing is left to look at."""
@@ -136,7 +137,7 @@ class Scan:
         seq = self.drop()
         fair, tenants = self._queue.fair, self._queue._tenants
         if seq.preemptions == 0:
-            fair.charge_prompt(tenant, seq.prompt_len)
+            fair.charge_prompt(tenant, sum(lane.prompt_len for lane in seq.computed))
         if tenant in tenants:
             tenants.move_to_end(tenant)
             heapreplace(self._turns, (fair.rank(tenant, tenants.keys()), self._number, tenant))
@@ -155,8 +156,13 @@ class Scan:
         return seq
 
     def pass_over(self) -> None:
-        """Look at no further sequence with the head's adapter in this pass."""
-        self._passed.add(self._heaps[self._turns[0][2]][0][1])
+        """Look at no further sequence with the head's adapter in this pass, but older ones: an
+        adapter that makes room for somebody older than the head is still theirs.
+        """
+        tenant = self._turns[0][2]
+        digest = self._heaps[tenant][0][1]
+        asked = self._queue._tenants[tenant][digest][0].id
+        self._passed[digest] = min(asked, self._passed.get(digest, asked))
 
     def ahead(self, limit: int) -> list[Sequence]:
         """The next sequences of up to ``limit`` adapters not looked at yet; this ends the pass.
@@ -173,7 +179,7 @@ class Scan:
                 continue
             if seq.adapter is not None:
                 found.append(seq)
-            self._passed.add(adapter_digest(seq))
+            self._passed[adapter_digest(seq)] = -inf
             ring.rotate(-1)
         return found
 
@@ -181,10 +187,10 @@ class Scan:
         """The tenant's next sequence whose adapter is not passed over."""
         if tenant not in self._queue._tenants:
             return None
-        heap = self._heap(tenant)
-        while heap and heap[0][1] in self._passed:
+        heap, groups = self._heap(tenant), self._queue._tenants[tenant]
+        while heap and groups[heap[0][1]][0].id >= self._passed.get(heap[0][1], inf):
             heappop(heap)
-        return self._queue._tenants[tenant][heap[0][1]][0] if heap else None
+        return groups[heap[0][1]][0] if heap else None
 
     def _heap(self, tenant: TenantId) -> list[tuple[_Key, Digest | None]]:
         heap = self._heaps.get(tenant)

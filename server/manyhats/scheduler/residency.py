@@ -35,7 +35,9 @@ class Residency(Protocol):
     """Adapters on the device. Never asked about sequences of the base; no call may block or load.
 
     A sequence that has no lease is asked for again in later steps. One sequence a step speaks for
-    all that wear its adapter: where it finds the adapter pending, the others are not asked for.
+    all younger ones that wear its adapter: where it finds that pending, they are not asked for.
+    Lanes of an ensemble are asked for one by one; they share a ticket, and none keeps a lease that
+    it got without the others.
     """
 
     def prepare(self, seq: Sequence) -> Admission:

@@ -1,24 +1,21 @@
-"""The sequences that run, with what they hold: cache blocks and adapter leases."""
+"""The sequences that run, and the places in a step that they take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from manyhats.scheduler.blocks import BlockManager
-from manyhats.scheduler.residency import Residency
-from manyhats.types import BASE_SLOT, Priority, Sequence, SequenceStatus
+from manyhats.scheduler.holdings import Holdings, wearing
+from manyhats.types import Priority, Sequence, SequenceStatus
 
 
 class Running:
     """In the order of admission. Confined to the step loop's thread."""
 
-    def __init__(self, blocks: BlockManager, residency: Residency) -> None:
-        self._blocks = blocks
-        self._residency = residency
-        # Left free at an admission, lest those that run already be preempted at once.
-        self._reserve = max(1, blocks.num_blocks // 100)
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
         self._seqs: dict[int, Sequence] = {}
         self._background = 0
+        self._places = dict.fromkeys(Priority, 0)
 
     def __len__(self) -> int:
         return len(self._seqs)
@@ -34,6 +31,16 @@ class Running:
     def num_background(self) -> int:
         """How many of them are background sequences."""
         return self._background
+
+    @property
+    def places(self) -> int:
+        """Places taken in a step: one a sequence, of an ensemble one a lane."""
+        return sum(self._places.values())
+
+    @property
+    def live_places(self) -> int:
+        """Those of live sequences: the others can be had."""
+        return self._places[Priority.NORMAL]
 
     def of(self, priority: Priority) -> list[Sequence]:
         """Those of one priority."""
@@ -54,32 +61,22 @@ class Running:
             return None
         return next(seq for seq in reversed(self._seqs.values()) if seq.background)
 
+    def background_leases(self) -> list[Sequence]:
+        """The background sequences that hold a lease, the one admitted last first."""
+        return [s for s in reversed(self.of(Priority.BACKGROUND)) if wearing(s)]
+
     def enter(self, seq: Sequence) -> None:
         """The sequence, which holds what it needs, runs from now on."""
         self._seqs[seq.id] = seq
-        self._background += seq.background
+        self._count(seq, 1)
         seq.status = SequenceStatus.RUNNING
 
     def leave(self, seq: Sequence) -> None:
         """The sequence runs no longer and gives back what it holds."""
         del self._seqs[seq.id]
-        self._background -= seq.background
-        self._blocks.free(seq)
-        if seq.adapter is not None:
-            self._residency.release(seq)
-        seq.slot = BASE_SLOT
+        self._count(seq, -1)
+        self._holdings.give_back(seq)
 
-    def take_blocks(self, seq: Sequence) -> bool:
-        """Blocks for all known tokens, cached ones included; for one alone there always are."""
-        if self._seqs and self._blocks.num_free <= self._reserve:
-            return False
-        cached = self._blocks.match(seq)
-        fits = self._blocks.allocate(seq, len(seq.token_ids))
-        if fits and self._seqs and self._blocks.num_free < self._reserve:
-            fits = False
-        if not fits:
-            self._blocks.cancel_match(seq)
-            return False
-        seq.num_computed = cached
-        seq.num_cached = min(cached, seq.prompt_len)
-        return True
+    def _count(self, seq: Sequence, sign: int) -> None:
+        self._background += sign * seq.background
+        self._places[seq.priority] += sign * len(seq.computed)

@@ -19,6 +19,11 @@ tenant's queue to be computed again. Keeping the lease would let a sequence that
 a slot, and hold up the draining that another one's adapter waits for. Whoever was admitted first
 is preempted only by itself, for want of others, and ``add`` refuses what does not fit alone: so
 somebody always gets on.
+
+A choice of an ensemble is one sequence with several *lanes*, which are what is computed: each takes
+a place among ``max_num_seqs``, blocks and a lease. It is admitted, preempted and ended with all of
+them, and no lane computes its last known token before all do in the same step, as the token drawn
+there is everybody's next.
 """
 
 from __future__ import annotations
@@ -26,17 +31,18 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceABC
 
 from manyhats.errors import ManyhatsError, QueueFullError, RequestError
+from manyhats.scheduler import completion
 from manyhats.scheduler.background import BackgroundQueue
 from manyhats.scheduler.blocks import BlockManager, SchedulerStateError
 from manyhats.scheduler.budget import Budget
 from manyhats.scheduler.fair import FairShares
+from manyhats.scheduler.holdings import Holdings
 from manyhats.scheduler.pace import AdmissionPace
-from manyhats.scheduler.plan import StepPlan
+from manyhats.scheduler.plan import StepPlan, decodes
 from manyhats.scheduler.queue import Scan, WaitingQueue
-from manyhats.scheduler.residency import Failed, Pending, Ready, Residency
+from manyhats.scheduler.residency import Admission, Failed, Pending, Ready, Residency
 from manyhats.scheduler.running import Running
 from manyhats.types import (
-    BASE_SLOT,
     AdapterRef,
     Priority,
     Schedule,
@@ -69,7 +75,7 @@ class Scheduler:
         fair: FairShares | None = None,
     ) -> None:
         self._blocks = blocks
-        self._residency = residency
+        self._holdings = Holdings(blocks, residency)
         self._budget = Budget(
             max_num_seqs,
             max_step_tokens,
@@ -79,8 +85,8 @@ class Scheduler:
             background_tokens,
         )
         self._queue = WaitingQueue(fair)
-        self._background = BackgroundQueue(residency)
-        self._running = Running(blocks, residency)
+        self._background = BackgroundQueue(self._holdings)
+        self._running = Running(self._holdings)
         self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._failed: list[tuple[Sequence, ManyhatsError]] = []
         self._first_admissions: list[Sequence] = []
@@ -160,8 +166,7 @@ class Scheduler:
                 self._running.leave(seq)
             else:
                 (self._background if seq.background else self._queue).remove(seq)
-                if seq.adapter is not None:
-                    self._residency.cancel(seq)
+                self._holdings.cancel(seq)
             self._forget(seq)
         return seqs
 
@@ -187,25 +192,29 @@ class Scheduler:
         return plan.schedule()
 
     def complete(self, item: ScheduledSequence, token: int | None, finished: bool) -> None:
-        """Record that the item was computed; call it once for each item of the step that was run.
+        """Record that the item was computed; call it once for each item of the step that was run,
+        or ``complete_lanes`` for those of an ensemble.
 
         ``token`` is the one drawn where ``item.samples``, else None; it is appended to the
         sequence. With ``finished`` the sequence ends and gives back all it holds (then ``token``
         may be None: nothing was to be drawn). Raises SchedulerStateError for an item out of date.
         """
-        seq = item.sequence
-        if seq not in self._running or item.start != seq.num_computed:
-            raise SchedulerStateError(f"sequence {seq.id} is not at position {item.start}")
-        if (token is not None and not item.samples) or (
-            token is None and item.samples and not finished
-        ):
-            raise SchedulerStateError(f"sequence {seq.id}: token {token}, samples {item.samples}")
-        seq.num_computed = item.start + item.count
-        self._blocks.commit(seq, seq.num_computed)
-        if token is not None:
-            seq.token_ids.append(token)
-            if not seq.background:
-                self._queue.fair.charge_output(seq.tenant)
+        self.complete_lanes((item,), token, finished)
+
+    def complete_lanes(
+        self, items: SequenceABC[ScheduledSequence], token: int | None, finished: bool
+    ) -> None:
+        """As ``complete`` for the items of a step that are one sequence's: all lanes it computed.
+
+        The tenant is charged for each lane's token.
+        """
+        seq = items[0].sequence.whole or items[0].sequence
+        if seq not in self._running:
+            where = f"is not at position {items[0].start}"
+            raise SchedulerStateError(f"sequence {seq.id} {where}: it does not run")
+        completion.enter(self._blocks, seq, items, token, finished=finished)
+        if token is not None and not seq.background:
+            self._queue.fair.charge_output(seq.tenant, len(seq.computed))
         if finished:
             self._running.leave(seq)
             self._forget(seq)
@@ -215,10 +224,10 @@ class Scheduler:
     def _schedule_running(self, priority: Priority, plan: StepPlan) -> None:
         """Tokens for those of one priority that run, decodes first."""
         for seq in self._running.of(priority):
-            if plan.left and seq in self._running and len(seq.token_ids) - seq.num_computed == 1:
+            if seq in self._running and decodes(seq) and plan.left >= len(seq.computed):
                 self._schedule_decode(seq, plan)
         for seq in self._running.of(priority):
-            if plan.left and len(seq.token_ids) - seq.num_computed > 1:
+            if plan.left and not decodes(seq):
                 plan.chunk(seq)
 
     def _schedule_decode(self, seq: Sequence, plan: StepPlan) -> None:
@@ -226,7 +235,7 @@ class Scheduler:
 
         Called in the order of admission, so that nobody is preempted who was given a token before.
         """
-        while not self._blocks.allocate(seq, len(seq.token_ids)):
+        while not self._holdings.grow(seq):
             victim = self._running.victim()
             self._preempt(victim, plan)
             if victim is seq:
@@ -240,11 +249,10 @@ class Scheduler:
         if self._queue or len(self._running) > self._running.num_background:
             plan.left = min(plan.left, self._budget.background_tokens)
         self._schedule_running(Priority.BACKGROUND, plan)
+        # Who was just preempted comes back at once rather than that a step has no work.
         if self._queue or (plan.preempted and plan):
             return
-        while failed := self._background.admit(
-            plan, self._running, self._blocks, self._budget.max_num_seqs
-        ):
+        while failed := self._background.admit(plan, self._running, self._budget.max_num_seqs):
             self._fail(*failed)
 
     def _admit(self, plan: StepPlan, room: bool) -> None:
@@ -252,16 +260,14 @@ class Scheduler:
         if not self._queue:
             return
         scan = self._queue.scan()
-        while room and plan.left:
+        while room and plan.left and self._running.live_places < self._budget.max_num_seqs:
             seq = scan.head()
             if seq is None:
                 return
-            if len(self._running) >= self._budget.max_num_seqs and not self._yield_place(plan):
-                break
-            if not self._adapter_ready(scan, seq):
+            if not self._heed(scan, seq, self._holdings.prepare(seq)):
                 continue
-            if not self._take_blocks(seq, plan):
-                break  # its turn: anyone after it would take the blocks it waits for
+            if not (self._take_places(seq, plan) and self._take_blocks(seq, plan)):
+                break  # its turn: anyone after it would take what it waits for
             if not self._lease(scan, seq):
                 continue
             scan.take()
@@ -270,19 +276,26 @@ class Scheduler:
                 self._first_admissions.append(seq)
             plan.chunk(seq)
         for seq in scan.ahead(_LOOKAHEAD):
-            answer = self._residency.prepare(seq)
+            answer = self._holdings.prepare(seq)
             if isinstance(answer, Failed):
                 self._queue.remove(seq)
                 self._fail(seq, answer.error)
 
+    def _take_places(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Places for all lanes of a live sequence, if need be those of background ones."""
+        room = self._budget.max_num_seqs - len(seq.computed)
+        while room < self._running.places and self._running.live_places <= room:
+            self._yield_last(plan)
+        return self._running.places <= room
+
     def _take_blocks(self, seq: Sequence, plan: StepPlan) -> bool:
         """Blocks for all tokens of a live sequence, if need be those of background ones."""
-        while not self._running.take_blocks(seq):
-            if not self._yield_place(plan):
+        while not self._holdings.take_blocks(seq, alone=not self._running):
+            if not self._yield_last(plan):
                 return False
         return True
 
-    def _yield_place(self, plan: StepPlan) -> bool:
+    def _yield_last(self, plan: StepPlan) -> bool:
         """Preempt the background sequence admitted last; whether there was one."""
         victim = self._running.last_background()
         if victim is not None:
@@ -290,52 +303,40 @@ class Scheduler:
         return victim is not None
 
     def _yield_leases(self, plan: StepPlan) -> bool:
-        """Preempt the background sequences that wear an adapter; whether there was one."""
-        worn = [s for s in self._running.of(Priority.BACKGROUND) if s.adapter is not None]
-        for seq in reversed(worn):
+        """Preempt the background sequences that hold a lease; whether there was one."""
+        worn = self._running.background_leases()
+        for seq in worn:
             self._preempt(seq, plan)
         return bool(worn)
 
-    def _adapter_ready(self, scan: Scan, seq: Sequence) -> bool:
-        """Whether the head could be leased its adapter now; if not, the scan goes on without it."""
-        if seq.adapter is None:
-            return True
-        return self._heed(scan, seq, self._residency.prepare(seq)) is not None
-
     def _lease(self, scan: Scan, seq: Sequence) -> bool:
-        """Take the lease of the head, which has its blocks; without it they go back."""
-        if seq.adapter is None:
-            seq.slot = BASE_SLOT
+        """Take the leases of the head, which has its blocks; without them those go back."""
+        if self._heed(scan, seq, self._holdings.lease(seq)):
             return True
-        slot = self._heed(scan, seq, self._residency.acquire(seq))
-        if slot is None:
-            self._blocks.cancel_match(seq)
-            seq.num_computed = 0
-            return False
-        seq.slot = slot
-        return True
+        self._holdings.cancel_blocks(seq)
+        return False
 
-    def _heed(self, scan: Scan, seq: Sequence, answer: Ready | Pending | Failed) -> int | None:
-        """The slot, or None once the head is passed over (its adapter is pending) or has failed."""
-        if isinstance(answer, Ready):
-            return answer.slot
+    def _heed(self, scan: Scan, seq: Sequence, answer: Admission) -> bool:
+        """Whether it is Ready; else the head is passed over (its adapter is pending) or fails."""
         if isinstance(answer, Failed):
             scan.drop()
             self._fail(seq, answer.error)
-        else:
+        elif isinstance(answer, Pending):
             scan.pass_over()
             self._pending = True
-        return None
+        return isinstance(answer, Ready)
 
     def _preempt(self, seq: Sequence, plan: StepPlan) -> None:
         self._running.leave(seq)
         seq.status = SequenceStatus.WAITING
-        seq.num_computed = 0
         seq.preemptions += 1
+        for lane in seq.computed:
+            lane.num_computed = 0
         (self._background if seq.background else self._queue).push_front(seq)
         plan.preempted.append(seq)
 
     def _fail(self, seq: Sequence, error: ManyhatsError) -> None:
+        self._holdings.cancel(seq)
         self._failed.append((seq, error))
         self._forget(seq)
 

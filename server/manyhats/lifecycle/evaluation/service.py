@@ -125,7 +125,8 @@ class EvaluationService:
     async def start(self, name: str, tenant: TenantId, version: int | None) -> dict[str, Any]:
         """Begin to evaluate a version (None: the newest), or find it on its way.
 
-        Raises ModelNotFoundError, ConflictError (retired), QueueFullError, ServiceError.
+        Raises ModelNotFoundError, ConflictError (retired, or an ensemble, which cannot be scored),
+        QueueFullError, ServiceError.
         """
         entry = self._names.entry(name, tenant)
         number = version or entry.versions[-1].ref.version
@@ -133,6 +134,7 @@ class EvaluationService:
         record = entry.find(number)
         if record is None:
             raise ValueError(f"{name}@{number} is ready and not there")
+        _check_scorable(record.ref)
         key = (tenant, name, number)
         job = self._jobs.get(key)
         if job is None or job.error:
@@ -159,6 +161,8 @@ class EvaluationService:
     ) -> Plan:
         stable = entry.route.stable
         against = entry.find(stable) if stable not in (BASELINE, ref.version) else None
+        if against is not None:
+            _check_scorable(against.ref)
         return Plan(
             tenant=tenant,
             candidate=ref,
@@ -295,3 +299,10 @@ def _failed(rows: tuple[Row, ...]) -> str:
 
 def _row(row: Mapping[str, Any]) -> str:
     return Row(row["measure"], row["value"], row["bound"], False).described()
+
+
+def _check_scorable(ref: AdapterRef) -> None:
+    if ref.is_ensemble:
+        raise ConflictError(
+            f"{ref} is an ensemble, which cannot be evaluated: its members can", param="version"
+        )
