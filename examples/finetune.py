@@ -114,7 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", default="4,8,16", help="tried one after the other")
     parser.add_argument("--epochs", type=int, default=4, help="at most, a phase")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the first phase")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the first phase")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a pair")
     parser.add_argument("--quick", action="store_true", help="two ranks, 24 pairs, two epochs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
