@@ -39,7 +39,7 @@ would change the answer. Beside what is listed here, bounds that are settings ho
     {"error": {"message": "percent: must be at most 100", "type": "invalid_request_error",
                "code": "invalid_request", "param": "percent"}}
 
-[Who may call what](../README.md#keys-and-tenants); what the calls mean for [routes](rollouts.md),
+[Who may call what](tenants.md); what the calls mean for [routes](rollouts.md),
 [evaluations](evaluation.md) and [drift](drift.md).
 """
 

@@ -111,21 +111,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="the adapter's name")
     parser.add_argument("--model", help="folder or hub id of the base; default: the server's own")
     parser.add_argument("--out", type=Path, help="new folder for the adapter; default: ./NAME")
-    parser.add_argument("--ranks", default="4,8,16", help="tried one after the other")
-    parser.add_argument("--epochs", type=int, default=4, help="at most, a phase")
+    parser.add_argument("--ranks", help="tried one after the other; default 4,8,16")
+    parser.add_argument("--epochs", type=int, help="at most, a phase; default 4")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of the first phase")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a pair")
-    parser.add_argument("--quick", action="store_true", help="two ranks, 24 pairs, two epochs")
+    parser.add_argument(
+        "--quick", action="store_true", help="24 pairs; by default ranks 2,8 and 2 epochs"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--register", metavar="URL", help="give it to the server there")
     parser.add_argument("--evaluate", action="store_true", help="and have it evaluated")
     parser.add_argument("--canary", type=float, metavar="PERCENT", help="and give it this share")
     args = parser.parse_args(argv)
     args.out = args.out or Path(args.name)
-    args.pairs = None
-    if args.quick:
-        args.ranks, args.epochs, args.pairs = "2,8", min(args.epochs, 2), 24
+    args.pairs = 24 if args.quick else None
+    args.ranks = args.ranks or ("2,8" if args.quick else "4,8,16")
+    args.epochs = args.epochs or (2 if args.quick else 4)
     if args.register is None and (args.evaluate or args.canary is not None):
         parser.error("--evaluate and --canary need --register")
     if args.out.exists():

@@ -76,6 +76,8 @@ def reader(base, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("manyhats.commands.evaluate._POLL_S", 0.02)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr("registering.POLL_S", 0.02)
     try:
         with serving(made.api) as (host, port):
             url = instead[LOCAL] = f"http://{host}:{port}"
@@ -83,7 +85,9 @@ def reader(base, tmp_path, monkeypatch):
             for name in ("pirate", "legal"):
                 register(url, name, root / name)
             more = {
-                "finetune.py": ["--model", str(base), "--threads", "1"],
+                "finetune.py": [
+                    *("--model", str(base), "--threads", "1", "--ranks", "2", "--epochs", "1")
+                ],
                 "ask_everyone.py": ["--url", url, "--max-tokens", "4"],
             }
             yield Reader(url, instead, more)
@@ -134,3 +138,20 @@ def test_an_adapter_went_bad(reader):
 
 def test_every_page_for_users_has_commands():
     assert all(len(commands(DOCS / f"{p}.md")) > 5 for p in ("quickstart", "serving", "incident"))
+
+
+def test_the_incident_page_names_what_is_there():
+    deploy, text = ROOT / "deploy", (DOCS / "incident.md").read_text("utf-8")
+    panels = {}
+    for path in (deploy / "grafana" / "dashboards").glob("*.json"):
+        board = json.loads(path.read_text("utf-8"))
+        panels[board["title"]] = {panel["title"] for panel in board["panels"]}
+    rows = re.findall(r"^\| Grafana, `(.+?)` \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for title, words in rows:
+        named = set(re.findall(r"\*(.+?)\*", words))
+        assert named and named <= panels[title], title
+    rules = (deploy / "prometheus" / "rules" / "alerts.yml").read_text("utf-8")
+    alerts = set(re.findall(r"`(Manyhats\w+)`", text))
+    assert len(alerts) > 5
+    assert alerts <= set(re.findall(r"alert: (\w+)", rules))
