@@ -11,6 +11,7 @@ import re
 import httpx
 import pytest
 import torch
+from pydantic import SecretStr
 from support.api import serving
 from support.models import VOCAB, tiny_model, tiny_tokenizer
 from support.pages import ROOT, Reader, commands
@@ -24,6 +25,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ 'w3 ' if m.role == 'assistant' else 'w4 ' }}{{ m.content }} "
     "{% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
 )
+KEY = "one-secret"
 LOCAL = "http://127.0.0.1:8000"
 
 
@@ -52,8 +54,11 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def reader(base, tmp_path, monkeypatch):
-    """A reader of pages, at the keyboard of a server with the adapters pirate and legal."""
+def reader(request, base, tmp_path, monkeypatch):
+    """A reader of pages, at the keyboard of a server with the adapters pirate and legal; it has the
+    admin key that the page on tenants names, for that page's test alone.
+    """
+    keyed = request.node.name == "test_keys_and_tenants"
     threads = torch.get_num_threads()
     root = tmp_path / "adapters"
     for seed, name in enumerate(("pirate", "legal", "robot", "pirate-2", "pirate-3"), 1):
@@ -72,6 +77,7 @@ def reader(base, tmp_path, monkeypatch):
             kernels="torch",
             kv_cache_mb=16,
             adapter_root=(root,),
+            admin_api_keys=(SecretStr(KEY),) if keyed else (),
         )
     )
     monkeypatch.setenv("COLUMNS", "200")
@@ -83,24 +89,35 @@ def reader(base, tmp_path, monkeypatch):
             url = instead[LOCAL] = f"http://{host}:{port}"
             monkeypatch.setenv("MANYHATS_URL", url)
             for name in ("pirate", "legal"):
-                register(url, name, root / name)
+                register(url, name, root / name, KEY if keyed else None)
             more = {
                 "finetune.py": [
                     *("--model", str(base), "--threads", "1", "--ranks", "2", "--epochs", "1")
                 ],
                 "ask_everyone.py": ["--url", url, "--max-tokens", "4"],
             }
-            yield Reader(url, instead, more)
+            yield Reader(url, instead, more, monkeypatch)
     finally:
         for close in made.closing:
             close()
         torch.set_num_threads(threads)
 
 
-def register(url, name, folder, **more):
+def register(url, name, folder, key=None, **more):
     body = {"name": name, "path": str(folder), **more}
-    answer = httpx.post(f"{url}/admin/adapters", json=body, timeout=60)
+    keys = {"authorization": f"Bearer {key}"} if key else {}
+    answer = httpx.post(f"{url}/admin/adapters", json=body, headers=keys, timeout=60)
     assert answer.status_code == 201, answer.text
+
+
+def test_keys_and_tenants(reader):
+    ran = reader.read(DOCS / "tenants.md")
+    assert ran.count("manyhats") == 4 and ran.count("curl") == 2
+    assert "acme" in reader.output[0]
+    keys = {"authorization": f"Bearer {KEY}"}
+    issued = httpx.get(f"{reader.url}/admin/tenants/acme/keys", headers=keys).json()
+    assert [key["role"] for key in issued["data"]] == ["tenant", "tenant"]
+    assert httpx.get(f"{reader.url}/admin/tenants").status_code == 401
 
 
 def test_quickstart(reader):
@@ -137,7 +154,10 @@ def test_an_adapter_went_bad(reader):
 
 
 def test_every_page_for_users_has_commands():
-    assert all(len(commands(DOCS / f"{p}.md")) > 5 for p in ("quickstart", "serving", "incident"))
+    assert all(
+        len(commands(DOCS / f"{p}.md")) > 5
+        for p in ("quickstart", "serving", "incident", "tenants")
+    )
 
 
 def test_the_incident_page_names_what_is_there():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from manyhats import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"(?:^    .*\n|^\n(?=    ))+", re.MULTILINE)
+_SET = re.compile(r"[A-Z_]+=")
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -43,13 +45,17 @@ def commands(page: Path) -> list[list[str]]:
 
 @dataclass
 class Reader:
-    """Types what a page says. ``instead``: what stands for what, in every word; ``extra``: words
-    added to a script. ``served_by`` grows with the header of each answer to a generation.
+    """Types what a page says.
+
+    ``instead``: what stands for what, in every word; ``extra``: words added to a script;
+    ``environment`` is told of exports. ``served_by`` grows with the header of each answer to a
+    generation, ``output`` with what each command of ``manyhats`` prints.
     """
 
     url: str
     instead: Mapping[str, str]
     extra: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    environment: pytest.MonkeyPatch = field(default_factory=pytest.MonkeyPatch)
     served_by: list[str] = field(default_factory=list)
     output: list[str] = field(default_factory=list)
 
@@ -58,6 +64,12 @@ class Reader:
         ran = []
         for words in commands(page):
             plain = [self._word(word) for word in words]
+            while _SET.match(plain[0]):  # as for `serve`, which is only parsed
+                plain = plain[1:]
+            if plain[0] == "export":
+                name, _, value = plain[1].partition("=")
+                self.environment.setenv(name, value)
+                continue
             kind = Path(plain[0]).name
             runs: dict[str, Callable[[list[str]], None]] = {
                 "manyhats": self._manyhats,
@@ -78,7 +90,7 @@ class Reader:
     def _manyhats(self, words: list[str]) -> None:
         if words[0] == "serve":
             command = typer.main.get_command(cli.app).commands["serve"]
-            assert command.make_context("serve", words[1:]).params["adapter_root"]
+            assert command.make_context("serve", words[1:]).params
             return
         result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 0, (words, result.output, result.exception)
@@ -101,8 +113,9 @@ class Reader:
                 name, _, value = next(rest).partition(": ")
                 headers[name] = value
             elif word == "-d":
-                body, method = next(rest), "POST"
+                body = next(rest)
                 json.loads(body)
+                method = "POST" if method == "GET" else method
             elif word == "-X":
                 method = next(rest)
             elif word != "-s":
