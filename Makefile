@@ -23,6 +23,9 @@ TESTS ?=
 WORKERS ?= 2
 # Added to the command of `make bench`, e.g. make bench BENCH="--quick --rounds 1"
 BENCH ?=
+# What `make loadtest` runs, and what it gives to Locust
+SCENARIO ?= steady
+LOADTEST ?= --host http://127.0.0.1:8000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,7 +38,7 @@ BRIEF := awk '/^(Collecting|Processing)/ { sub(/.*\//, "", $$2); sub(/[-=<>~!;][
   /^Installing collected/ { print "\n    installing " NF - 3 " packages"; fflush() }'
 HUSH := 2> >(grep -v '^WARNING: Location' >&2)
 
-.PHONY: help install serve test lint format check bench demo-adapters api-docs constraints clean
+.PHONY: help install serve test lint format check bench loadtest demo-adapters api-docs constraints clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.* ## (.*)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -66,6 +69,16 @@ bench: $(STAMPS)/dev $(STAMPS)/kernels ## Measure serving beside PEFT and transf
 	@$(BIN)/manyhats fetch-default >/dev/null
 	@$(BIN)/python loadtests/run_serve_bench.py $(BENCH)
 
+loadtest: .venv-loadtest/.stamp ## Run a Locust scenario (SCENARIO, LOADTEST) against a running server
+	@.venv-loadtest/bin/python loadtests/run_locust.py $(SCENARIO) $(LOADTEST)
+
+# Locust replaces parts of the standard library as it is imported: it gets an environment of its own.
+.venv-loadtest/.stamp: pyproject.toml
+	@$(PYTHON) -m venv .venv-loadtest
+	@.venv-loadtest/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["loadtest"])' \
+	  | xargs .venv-loadtest/bin/python -m pip --disable-pip-version-check install -q
+	@touch $@
+
 demo-adapters: $(STAMPS)/dev ## Train the demo adapters of examples/ again
 	@$(BIN)/manyhats fetch-default >/dev/null
 	@$(BIN)/python examples/train_demo_adapters.py
@@ -79,7 +92,7 @@ constraints: $(STAMPS)/dev ## Pin in constraints.txt what is installed in .venv
 	@mv constraints.new constraints.txt
 
 clean: ## Remove .venv and the caches; what is in MANYHATS_HOME stays
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) .venv-loadtest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 	find server kernels tests examples loadtests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up. Each step leaves a stamp and is done again when what it was made from is newer.

@@ -90,9 +90,13 @@ def prompt_rng(load: Load, cell: Cell, index: int) -> random.Random:
 
 def request_body(load: Load, cell: Cell, index: int) -> dict[str, Any]:
     """The JSON body of a cell's ``index``-th request."""
-    rng = prompt_rng(load, cell, index)
+    return body_of(load, cell.models[index % len(cell.models)], prompt_rng(load, cell, index))
+
+
+def body_of(load: Load, model: str, rng: random.Random) -> dict[str, Any]:
+    """The JSON body of a request to ``model`` with a prompt drawn from ``rng``."""
     body: dict[str, Any] = {
-        "model": cell.models[index % len(cell.models)],
+        "model": model,
         "max_tokens": load.output_tokens,
         "temperature": 0,
         "stream": True,
@@ -167,7 +171,8 @@ async def run_request(connection: Connection, load: Load, body: Mapping[str, Any
     return timer.result
 
 
-def _connection(base_url: str, api_key: str | None) -> Connection:
+def connect(base_url: str, api_key: str | None) -> Connection:
+    """A connection that sends the key, if there is one; it opens with its first request."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     return Connection(Address.parse(base_url), headers)
 
@@ -181,7 +186,7 @@ async def run_cell(load: Load, cell: Cell) -> Summary:
     with tqdm(total=cell.requests, desc=title, unit="req", disable=not load.progress) as bar:
 
         async def worker() -> None:
-            connection = _connection(load.base_url, load.api_key)
+            connection = connect(load.base_url, load.api_key)
             for body in waiting:
                 results.append(await run_request(connection, load, body))
                 bar.update()
@@ -207,7 +212,7 @@ async def warm_up(load: Load, models: Sequence[str]) -> None:
 
     Raises RuntimeError on a failure.
     """
-    connection = _connection(load.base_url, load.api_key)
+    connection = connect(load.base_url, load.api_key)
     cell = Cell(concurrency=1, requests=len(models), models=models, adapters=0, label="warm-up")
     for index in tqdm(range(len(models)), desc="warm-up", unit="req", disable=not load.progress):
         body = request_body(load, cell, index) | {"max_tokens": 2}
@@ -222,7 +227,7 @@ async def served_models(base_url: str, api_key: str | None) -> list[str]:
 
     Raises RuntimeError when the answer is not a 200.
     """
-    connection = _connection(base_url, api_key)
+    connection = connect(base_url, api_key)
     response = await connection.request("GET", "/v1/models")
     content = await connection.read_all()
     await connection.close()

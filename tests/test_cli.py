@@ -48,6 +48,7 @@ OTHER = {
     "device": "cpu",
     "host": "127.0.0.2",
     "log_level": "debug",
+    "log_format": "json",
     "kernels": "torch",
     "max_conversion_error": "0.5",
     "drift_alpha": "0.25",

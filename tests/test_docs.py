@@ -76,7 +76,7 @@ def test_flags_of_the_server_exist(document):
     scripts = "\n".join(
         path.read_text("utf-8")
         for folder in ("examples", "loadtests")
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     )
     remote = {
         name: {opt.removeprefix("--") for p in c.params for opt in (*p.opts, *p.secondary_opts)}

@@ -224,14 +224,23 @@ def test_every_module_is_held_to_a_direction(project):
     assert there == named
 
 
+EXTRAS = {"opentelemetry": ("otel", "telemetry/"), "ray": ("ray", "fleet/ray_serve.py")}
+"""Libraries that only an extra brings, and the only place that may import them."""
+
+
 def test_every_library_that_is_imported_is_declared(trees, project):
     """Not left to come along with another one, which may drop it."""
+    extras = project["project"]["optional-dependencies"]
     named = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in project["project"]["dependencies"]]
     declared = {name.lower().replace("_", "-") for name in named}
     distributions = packages_distributions()
 
-    def undeclared(module):
+    def undeclared(path, module):
         top = module.split(".")[0]
+        if top in EXTRAS:
+            extra, place = EXTRAS[top]
+            declared_there = any(re.match(rf"{top}\b", line) for line in extras[extra])
+            return not declared_there or not relative(path).startswith(f"server/manyhats/{place}")
         # torch's own build names the triton that it needs, pydantic the exact version of its core
         ours = {"manyhats", "manyhats_kernels", "triton", "pydantic_core"}
         if top in sys.stdlib_module_names or top in ours:
@@ -240,7 +249,7 @@ def test_every_library_that_is_imported_is_declared(trees, project):
 
     def stray(path, node):
         if isinstance(node, ast.Import):
-            return any(undeclared(alias.name) for alias in node.names)
-        return isinstance(node, ast.ImportFrom) and undeclared(node.module or "")
+            return any(undeclared(path, alias.name) for alias in node.names)
+        return isinstance(node, ast.ImportFrom) and undeclared(path, node.module or "")
 
     nothing(found(trees, stray))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from fastapi import FastAPI
@@ -51,13 +51,20 @@ from manyhats.lifecycle.build import open_adapters, open_registry, retention
 from manyhats.lifecycle.loading import checked, load_adapter
 from manyhats.lifecycle.service import AdapterService
 from manyhats.lifecycle.warm import warm
-from manyhats.metrics import Metrics
+from manyhats.metrics import LabelCap, Metrics
 from manyhats.scheduler.fair import EVEN, Share, SharesOf
 from manyhats.services import Services, open_services
 from manyhats.serving import Listener
+from manyhats.telemetry import logs
+from manyhats.telemetry.build import open_telemetry
+from manyhats.telemetry.build import wanted as telemetry_wanted
+from manyhats.telemetry.loads import LoadLog
 from manyhats.tenancy.build import open_tenancy
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
+
+if TYPE_CHECKING:
+    from manyhats.telemetry.otel import OtelTracer
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +117,13 @@ def build(settings: Settings) -> Application:
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)
+    loads = LoadLog(metrics) if telemetry_wanted(settings) else None
     engine = build_engine(
         settings,
         base,
         kernels,
         load_adapter=partial(load_adapter, store, compile_folder),
-        observer=metrics,
+        observer=loads or metrics,
         shares=_shares(tenancy.directory),
     )
     parity = engine.parity
@@ -130,18 +138,26 @@ def build(settings: Settings) -> Application:
         retention=retention(settings),
     )
     services = open_services(settings, folder, engine, registry, adapters, tenancy, metrics)
-    state = _state(settings, engine, services, metrics)
+    tracer = None if loads is None else _tracer(settings, engine, loads)
+    state = _state(settings, engine, services, metrics, tracer)
     residency = engine.residency or NoAdapters()
     hot = partial(
         warm, state.recent, folder / "hot.json", registry, residency, limit=settings.prefetch_hot
     )
     lifespan = partial(_lifespan, state=state, engine=engine, services=services, warmed=hot)
     api = create_api(state, [module.router for module in ROUTES], lifespan)
-    closing = (*services.closing, registry.close, store.close, tenancy.close)
+    traced = () if tracer is None else (tracer.close,)
+    closing = (*traced, *services.closing, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, state.readiness, closing)
 
 
-def _state(settings: Settings, engine: Engine, services: Services, metrics: Metrics) -> ApiState:
+def _state(
+    settings: Settings,
+    engine: Engine,
+    services: Services,
+    metrics: Metrics,
+    tracer: OtelTracer | None,
+) -> ApiState:
     """What the routes use."""
     tenancy, follower = services.tenancy, services.follower
     return ApiState(
@@ -159,7 +175,14 @@ def _state(settings: Settings, engine: Engine, services: Services, metrics: Metr
         shadows=services.shadows,
         drift_detection=services.drift,
         store_reachable=lambda: follower.reachable,
+        tracer=tracer,
     )
+
+
+def _tracer(settings: Settings, engine: Engine, loads: LoadLog) -> OtelTracer:
+    tracer = open_telemetry(settings, loads, LabelCap(settings.metrics_tenants).label)
+    tracer.watch(engine.client.stats)
+    return tracer
 
 
 def _shares(directory: TenantDirectory) -> SharesOf:
@@ -195,10 +218,7 @@ def serve(settings: Settings) -> None:
     """Builds the server and runs it until SIGTERM or Ctrl-C; then drains within
     ``settings.drain_s``.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.set_up(settings.log_level, settings.log_format)
     quiet_libraries()
     application = build(settings)
     if settings.register_roots:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from manyhats.choices import Device, Dtype, Kernels, LogLevel, Quantization
+from manyhats.choices import Device, Dtype, Kernels, LogFormat, LogLevel, Quantization
 from manyhats.model_settings import ModelSettings
 from manyhats.secret_files import with_secret_files
 
@@ -23,6 +23,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Kernels",
+    "LogFormat",
     "LogLevel",
     "Quantization",
     "Settings",
@@ -273,6 +274,14 @@ class Settings(ModelSettings):
         default=None, description="Key of the signatures (HMAC-SHA256)."
     )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least level that is logged.")
+    log_format: LogFormat = Field(
+        default=LogFormat.TEXT, description="Log lines for people, or one JSON object a line."
+    )
+    otel_endpoint: str | None = Field(
+        default=None,
+        description="Collector that OpenTelemetry traces and metrics go to (OTLP over HTTP, "
+        "http://host:4318); default: what the OTEL_* variables say, or none.",
+    )
 
     @field_validator("home", "store")
     @classmethod
@@ -312,6 +321,11 @@ class Settings(ModelSettings):
     def rows(self) -> int:
         """Rank rows per site on the device."""
         return self.pool_rows if self.pool_rows is not None else max(16 * self.slots, self.max_rank)
+
+
+def otel_variable(name: str) -> str:
+    """One of OpenTelemetry's standard variables; empty where it is not set."""
+    return os.environ.get(f"OTEL_{name}", "").strip()
 
 
 def unknown_variables() -> list[str]:

@@ -190,7 +190,8 @@ class OutputDelta:
     sequence is held back), so ``token_ids`` and ``text`` of a single delta need not correspond;
     their sums do. ``prompt_logprobs`` comes once, with the first delta of a choice that asked for
     it; its first entry is None. ``cached_tokens`` is how many prompt tokens the prefix cache
-    served.
+    served. ``admitted_at`` comes with a choice's first delta: when its sequence first left the
+    queue (seconds, monotonic).
     """
 
     request_id: str
@@ -202,6 +203,7 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     error: ManyhatsError | None = None
     cached_tokens: int = 0
+    admitted_at: float | None = None
 
 
 class SequenceStatus(enum.Enum):
@@ -224,8 +226,8 @@ class Sequence:
     admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
     cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
     cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
-    blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``first_token_at``,
-    ``last_token_at`` (seconds, monotonic).
+    blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``admitted_at``
+    (first time), ``first_token_at``, ``last_token_at`` (seconds, monotonic).
 
     A choice of an ensemble has ``lanes``, one a member, which are computed side by side: each a
     sequence with tokens, blocks, slot and lease of its own and ``whole`` pointing back. The choice
@@ -252,6 +254,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
+    admitted_at: float | None = None
     deadline: float | None = None
     urgency: int = 0
     lanes: tuple[Sequence, ...] = ()

@@ -259,4 +259,4 @@ def test_the_description_tells_the_bodies():
         for method, operation in described["paths"][path].items():
             if path.startswith(("/admin/", "/v1/load", "/v1/unload")):
                 assert operation["description"], path
-                assert ("requestBody" in operation) == (method == "post"), path
+                assert ("requestBody" in operation) == (method in ("post", "put")), path

@@ -25,6 +25,7 @@ from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.operations import Operations
 from manyhats.lifecycle.pins import Pins
 from manyhats.metrics import Metrics
+from manyhats.telemetry.record import Tracer
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
 
@@ -55,6 +56,7 @@ class Api:
     pins: Pins | None = None
     shadows: Shadows | None = None
     readiness: Readiness = field(default_factory=lambda: Readiness(proven=True))
+    tracer: Tracer | None = None
 
     def __post_init__(self) -> None:
         self.app: FastAPI = create_api(
@@ -71,6 +73,7 @@ class Api:
                 operations=self.operations,
                 pins=self.pins,
                 shadows=self.shadows,
+                tracer=self.tracer,
             ),
             self.routers,
         )

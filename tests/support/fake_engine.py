@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import difflib
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -236,6 +237,7 @@ class FakeEngine:
             finish_reason=finish,
             error=self.error if position == self.error_after else None,
             cached_tokens=min(4 + index, len(request.prompt_token_ids)),
+            admitted_at=time.monotonic() if position == 0 else None,
         )
 
 

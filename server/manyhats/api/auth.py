@@ -24,6 +24,7 @@ from fastapi import Depends, Request
 
 from manyhats.config import Settings
 from manyhats.errors import AuthenticationError, ConfigError, PermissionDeniedError
+from manyhats.telemetry.record import current
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.model import Role
 from manyhats.types import DEFAULT_TENANT, TenantId
@@ -34,7 +35,7 @@ OPEN_ROUTES: Final = frozenset({"/startupz", "/healthz", "/readyz", "/health"})
 """The routes that ask for no key, ever."""
 METRICS_ROUTE: Final = "/metrics"
 _OPERATORS: Final = frozenset({METRICS_ROUTE, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/audit", "/admin/gc")
+_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/audit", "/admin/gc", "/admin/log-level")
 
 _USABLE = re.compile(r"[!-~]+")
 
@@ -138,6 +139,8 @@ def require_user(request: Request) -> Principal:
     known: Principal | None = getattr(request.state, "principal", None)
     if known is None:
         known = request.state.principal = _principal(request)
+        if (record := current()) is not None:
+            record.tenant = known.tenant
     return known
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware import Middleware
 
 import manyhats
-from manyhats.api import openai, ops
+from manyhats.api import log_level, openai, ops
 from manyhats.api.auth import KeyRing, authorize
 from manyhats.api.description import describe
 from manyhats.api.handlers import install_handlers
@@ -45,12 +45,15 @@ def create_api(
         lifespan=lifespan,
         openapi_url="/openapi.json" if open_docs else None,
         dependencies=[Depends(authorize)],
-        middleware=[Middleware(RequestContextMiddleware, count=state.metrics.http), limits],
+        middleware=[
+            Middleware(RequestContextMiddleware, count=state.metrics.http, tracer=state.tracer),
+            limits,
+        ],
     )
     app.state.manyhats = state
     app.state.manyhats_labels = TokenLabels(state.engine.tokenizer)
     install_handlers(app)
-    for router in (openai.router, ops.router, *routers):
+    for router in (openai.router, ops.router, log_level.router, *routers):
         app.include_router(router)
     describe(app)
     state.metrics.kernels(state.engine.model.kernel_backend)

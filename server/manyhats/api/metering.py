@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from manyhats.api.noting import noting
 from manyhats.api.outputs import outputs
 from manyhats.api.prompts import Job
 from manyhats.api.state import ApiState
@@ -36,6 +37,7 @@ async def metered(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, Output
     if refusal is not None:
         state.metrics.refused(tenant, refusal.quota)
         raise _refused(refusal)
+    noted = noting(job)
     begun, paid, generated = False, True, 0
     try:
         async with aclosing(outputs(state.engine, job)) as events:
@@ -44,6 +46,7 @@ async def metered(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, Output
                     begun = True
                     await limiter.start(tenant, job.id)
                 generated += len(delta.token_ids)
+                noted(index, delta)
                 yield index, delta
     except ManyhatsError:
         paid = begun

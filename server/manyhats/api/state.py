@@ -20,6 +20,7 @@ from manyhats.lifecycle.operations import Operations
 from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.warm import RecentUse
 from manyhats.metrics import Metrics
+from manyhats.telemetry.record import Tracer
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
 from manyhats.tenancy.usage import UsageLedger
@@ -61,6 +62,7 @@ class ApiState:
     readiness: Readiness = field(default_factory=Readiness)
     recent: RecentUse = field(default_factory=RecentUse)
     drift_detection: Drift | None = None
+    tracer: Tracer | None = None
 
     @property
     def drift(self) -> DriftMonitor | None:

@@ -225,6 +225,7 @@ class EngineLoop:
         """Reports what the scheduler decided beside the step itself."""
         now = time.monotonic()
         for sequence in self._scheduler.first_admissions:
+            sequence.admitted_at = now
             self._observer.queued(adapter_name(sequence), now - sequence.arrival)
         for sequence in schedule.preempted:
             if not sequence.background:

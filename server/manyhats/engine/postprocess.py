@@ -192,6 +192,7 @@ class Postprocessor:
             prompt_logprobs=self._prompt_scores(live) if first else None,
             finish_reason=reason,
             cached_tokens=sequence.cached_prompt_tokens,
+            admitted_at=sequence.admitted_at if first else None,
         )
         if reason is not None:
             self._finish(sequence, reason, now)

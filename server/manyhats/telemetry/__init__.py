@@ -1,0 +1,1 @@
+"""What is written and told about single requests: log lines, W3C trace context, OpenTelemetry."""
