@@ -10,14 +10,14 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from manyhats.api import openai, ops
 from manyhats.api.description import describe
+from manyhats.api.factory import ALWAYS
 from manyhats.app import ROUTES
 
 PAGE = Path(__file__).resolve().parent / "api.md"
 TITLES = {
     "openai": "Generation",
-    "operations": "Health and metrics",
+    "operations": "Health, metrics and logs",
     "admin": "Adapters",
     "drift": "Drift and feedback",
     "tenants": "Tenants and keys",
@@ -47,7 +47,7 @@ would change the answer. Beside what is listed here, bounds that are settings ho
 def document() -> dict[str, Any]:
     """The OpenAPI document of all routes; no model is loaded for it."""
     app = FastAPI()
-    for router in (openai.router, ops.router, *(module.router for module in ROUTES)):
+    for router in (*ALWAYS, *(module.router for module in ROUTES)):
         app.include_router(router)
     describe(app)
     return app.openapi()
