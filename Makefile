@@ -38,7 +38,7 @@ BRIEF := awk '/^(Collecting|Processing)/ { sub(/.*\//, "", $$2); sub(/[-=<>~!;][
   /^Installing collected/ { print "\n    installing " NF - 3 " packages"; fflush() }'
 HUSH := 2> >(grep -v '^WARNING: Location' >&2)
 
-.PHONY: help install serve test lint format check bench loadtest demo-adapters constraints clean
+.PHONY: help install serve test lint format check bench loadtest demo-adapters api-docs constraints clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.* ## (.*)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -82,6 +82,9 @@ loadtest: .venv-loadtest/.stamp ## Run a Locust scenario (SCENARIO, LOADTEST) ag
 demo-adapters: $(STAMPS)/dev ## Train the demo adapters of examples/ again
 	@$(BIN)/manyhats fetch-default >/dev/null
 	@$(BIN)/python examples/train_demo_adapters.py
+
+api-docs: $(STAMPS)/dev ## Write docs/api.md from the routes
+	@$(BIN)/python docs/generate_api.py
 
 constraints: $(STAMPS)/dev ## Pin in constraints.txt what is installed in .venv
 	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --exclude-editable --exclude triton \

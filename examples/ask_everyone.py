@@ -11,6 +11,7 @@ import argparse
 import json
 import textwrap
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -38,13 +39,13 @@ def ask(url: str, question: str, max_tokens: int, model: str) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Asks everybody at once and prints what they said."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("question", nargs="?", default=QUESTION)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--max-tokens", type=int, default=60)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     models = [m["id"] for m in call(f"{args.url}/v1/models")["data"] if "@" not in m["id"]]
     with ThreadPoolExecutor(len(models)) as pool:
         answers = pool.map(partial(ask, args.url, args.question, args.max_tokens), models)

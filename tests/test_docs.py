@@ -1,5 +1,6 @@
 """The documentation names only what exists: targets, flags, variables, files, models."""
 
+import importlib
 import json
 import re
 import tomllib
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from support.api import Api
 
 from manyhats import __version__, cli
+from manyhats.app import ROUTES
 from manyhats.commands import adapters, drift
 from manyhats.config import CLIENT_VARIABLES, Settings
 
@@ -142,6 +145,19 @@ def test_the_architecture_has_a_sentence_for_every_folder():
     folders |= {ROOT / name for name in ("tests", "examples", "loadtests")}
     missing = [f for f in folders if f"`{f.relative_to(ROOT)}/`" not in text]
     assert missing == []
+
+
+def test_the_api_reference_is_what_the_routes_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    made = importlib.import_module("generate_api")
+    document = made.document()
+    served = Api(routers=[module.router for module in ROUTES]).get("/openapi.json").json()
+    assert document["paths"] == served["paths"]
+    page = made.PAGE.read_text("utf-8")
+    assert page == made.page(document), "it is not current: make api-docs"
+    named = re.findall(r"^### ([A-Z]+) (/.*)$", page, re.MULTILINE)
+    assert set(named) == {(m.upper(), p) for p, methods in served["paths"].items() for m in methods}
+    assert len(named) > 45
 
 
 def test_json_in_the_readme_is_json():

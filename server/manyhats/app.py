@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from fastapi import FastAPI
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _UNNAMED = Digest("")
-_ROUTES = (
+ROUTES: Final = (
     admin,
     collection,
     drift,
@@ -81,6 +81,7 @@ _ROUTES = (
     usage,
     vllm,
 )
+"""The modules whose routes are served beside OpenAI's and the health ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def build(settings: Settings) -> Application:
         warm, state.recent, folder / "hot.json", registry, residency, limit=settings.prefetch_hot
     )
     lifespan = partial(_lifespan, state=state, engine=engine, services=services, warmed=hot)
-    api = create_api(state, [module.router for module in _ROUTES], lifespan)
+    api = create_api(state, [module.router for module in ROUTES], lifespan)
     traced = () if tracer is None else (tracer.close,)
     closing = (*traced, *services.closing, registry.close, store.close, tenancy.close)
     return Application(settings, engine, adapters, api, state.readiness, closing)

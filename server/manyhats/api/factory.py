@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Final
 
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.middleware import Middleware
@@ -17,6 +18,9 @@ from manyhats.api.limits import UPLOAD_SLACK, BodyLimitMiddleware
 from manyhats.api.logprobs import TokenLabels
 from manyhats.api.middleware import RequestContextMiddleware
 from manyhats.api.state import ApiState
+
+ALWAYS: Final = (openai.router, ops.router, log_level.router)
+"""What every application serves: OpenAI's routes and operations."""
 
 
 def create_api(
@@ -53,7 +57,7 @@ def create_api(
     app.state.manyhats = state
     app.state.manyhats_labels = TokenLabels(state.engine.tokenizer)
     install_handlers(app)
-    for router in (openai.router, ops.router, log_level.router, *routers):
+    for router in (*ALWAYS, *routers):
         app.include_router(router)
     describe(app)
     state.metrics.kernels(state.engine.model.kernel_backend)
