@@ -44,7 +44,8 @@ def adapters(base, repository):
         if not folder.is_dir():
             continue
         config = read_config_file(folder / "adapter_config.json", limits)
-        if config.get("peft_type") == "LORA" and not config.get("use_dora"):  # one PEFT model has all
+        plain = config.get("peft_type") == "LORA" and not config.get("use_dora")
+        if plain:  # one PEFT model has all of them
             found[folder.name] = compile_adapter(
                 config,
                 read_weights(folder / "adapter_model.safetensors", limits),
