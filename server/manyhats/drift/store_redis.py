@@ -5,11 +5,12 @@ the format).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import redis
 
-from manyhats.errors import ConfigError, ServiceError
+from manyhats.errors import ServiceError
+from manyhats.tenancy.redis_client import connect
 
 _T = TypeVar("_T")
 _KEY: Final = "{manyhats:1:drift}"
@@ -20,16 +21,7 @@ class RedisDriftStore:
     """Implements ``DriftStore`` in the Redis at ``url``. Raises ConfigError for a bad ``url``."""
 
     def __init__(self, url: str) -> None:
-        try:
-            # Any: the client's methods are typed as possibly awaitable
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=_TIMEOUT_S,
-                socket_connect_timeout=_TIMEOUT_S,
-            )
-        except ValueError as exc:
-            raise ConfigError(f"redis_url: {exc}", param="redis_url") from exc
+        self._redis = connect(url, _TIMEOUT_S)
 
     def get(self, key: str) -> str | None:
         """See DriftStore."""

@@ -17,15 +17,13 @@ from itertools import islice
 from typing import Any, Final, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from manyhats.errors import ConfigError, ServiceError
+from manyhats.errors import ServiceError
 from manyhats.lifecycle.audit import AuditEntry, canonical
 from manyhats.lifecycle.store import Documents, Dump, Head, StaleHeadError
+from manyhats.tenancy.redis_client import connect
 
 _T = TypeVar("_T")
-_TIMEOUT_S: Final = 2.0
 _LOAD_TIMEOUT_S: Final = 120.0
 _DIGITS: Final = 16
 _BATCH: Final = 500
@@ -55,8 +53,8 @@ class RedisRegistryStore:
         self._head, self._documents, self._audit, self._names, self._wake, own = (
             prefix + n for n in ("head", "documents", "audit", "audit-names", "wake", "key")
         )
-        self._redis = _client(url, _TIMEOUT_S)
-        self._slow = _client(url, _LOAD_TIMEOUT_S)  # all of a large registry takes its time
+        self._redis = connect(url)
+        self._slow = connect(url, _LOAD_TIMEOUT_S)  # all of a large registry takes its time
         self._script = self._redis.register_script(_WRITE)
         self._listening = threading.Lock()
         self._pubsub: Any = None
@@ -205,20 +203,6 @@ class RedisRegistryStore:
             return Head()
         seq, _, digest = head.partition(":")
         return Head(int(seq), digest)
-
-
-def _client(url: str, timeout_s: float) -> Any:
-    """Tries once more on a connection that turns out closed; what timed out is not sent again."""
-    try:
-        return redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-        )
-    except ValueError as exc:
-        raise ConfigError(f"redis_url: {exc}", param="redis_url") from exc
 
 
 def _known(work: Callable[[], _T]) -> _T:

@@ -7,18 +7,16 @@ kind of records a hash from id to JSON. The braces keep them on one node of a cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from manyhats.errors import ConfigError, ServiceError
+from manyhats.errors import ServiceError
+from manyhats.tenancy.redis_client import connect
 from manyhats.tenancy.store import Change, Kind, StaleRevisionError, Texts
 
 _T = TypeVar("_T")
 _PREFIX: Final = "{manyhats:1:tenancy}:"
-_TIMEOUT_S: Final = 2.0
 _WRITE: Final = """
 if tonumber(redis.call('GET', KEYS[1]) or '0') ~= tonumber(ARGV[1]) then return -1 end
 for i = 2, #ARGV, 4 do
@@ -34,17 +32,7 @@ class RedisTenantStore:
     """Implements ``TenantStore`` in the Redis at ``url``. Raises ConfigError for a bad ``url``."""
 
     def __init__(self, url: str) -> None:
-        try:
-            # Any: the client's methods are typed as possibly awaitable
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=_TIMEOUT_S,
-                socket_connect_timeout=_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            )
-        except ValueError as exc:
-            raise ConfigError(f"redis_url: {exc}", param="redis_url") from exc
+        self._redis = connect(url)
         self._kinds = list(Kind)
         self._keys = [_PREFIX + "revision", *(_PREFIX + kind.value for kind in self._kinds)]
         self._write = self._redis.register_script(_WRITE)

@@ -8,13 +8,12 @@ for each ``day:<n>``, a hash from the JSON of ``[tenant, adapter, counter]`` to 
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Final
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from manyhats.errors import ConfigError, ServiceError
+from manyhats.errors import ServiceError
+from manyhats.tenancy.redis_client import connect
 from manyhats.tenancy.usage import Counts, Tally, UsageKey
 
 _PREFIX: Final = "{manyhats:1:usage}:"
@@ -39,17 +38,7 @@ class RedisUsageStore:
     """Implements ``UsageStore`` in the Redis at ``url``. Raises ConfigError for a bad ``url``."""
 
     def __init__(self, url: str) -> None:
-        try:
-            # Any: the client's methods are typed as possibly awaitable
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=_TIMEOUT_S,
-                socket_connect_timeout=_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
-            )
-        except ValueError as exc:
-            raise ConfigError(f"redis_url: {exc}", param="redis_url") from exc
+        self._redis = connect(url, _TIMEOUT_S)
         self._add = self._redis.register_script(_ADD)
 
     def add(self, batch: str, tally: Tally, oldest: int) -> None:
