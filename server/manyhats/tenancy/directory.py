@@ -18,6 +18,7 @@ from typing import Final
 from manyhats.errors import ConflictError, NotFoundError, ServiceError
 from manyhats.tenancy.keys import id_of, matches, new_key
 from manyhats.tenancy.model import ApiKey, Grant, Quotas, Role, Tenant
+from manyhats.tenancy.repeating import repeating
 from manyhats.tenancy.store import Change, Kind, StaleRevisionError, TenantStore
 from manyhats.types import DEFAULT_TENANT
 
@@ -237,19 +238,8 @@ class TenantDirectory:
     @contextmanager
     def keep_fresh(self) -> Iterator[None]:
         """Refreshes on a thread of its own until the block ends; a failure is logged, once."""
-        ended = threading.Event()
-
-        def run() -> None:
-            while not ended.wait(_INTERVAL_S):
-                self._try_refresh()
-
-        thread = threading.Thread(target=run, name="tenants", daemon=True)
-        thread.start()
-        try:
+        with repeating(self._try_refresh, _INTERVAL_S, "tenants"):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
     def _try_refresh(self) -> None:
         try:

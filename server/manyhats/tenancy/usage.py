@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, Protocol
 
 from manyhats.errors import ServiceError
 from manyhats.tenancy.quota import DAY_S
+from manyhats.tenancy.repeating import repeating
 
 logger = logging.getLogger(__name__)
 
@@ -149,20 +150,11 @@ class UsageLedger:
     @contextmanager
     def flushing(self, period_s: float = FLUSH_S) -> Iterator[None]:
         """Flushes on a thread of its own until the block ends, and then once more."""
-        ended = threading.Event()
-
-        def run() -> None:
-            while not ended.wait(period_s):
-                self._try_flush()
-            self._try_flush()
-
-        thread = threading.Thread(target=run, name="usage", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeating(self._try_flush, period_s, "usage"):
+                yield
         finally:
-            ended.set()
-            thread.join()
+            self._try_flush()
 
     def _try_flush(self) -> None:
         try:
