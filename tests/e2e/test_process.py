@@ -43,8 +43,9 @@ def test_a_disconnect_frees_blocks_and_lease(server):
     with httpx.stream(
         "POST", f"{server.base_url}/v1/completions", json=body, timeout=60
     ) as response:
+        assert response.status_code == 200
         next(response.iter_lines())
-        assert server.value("vllm:kv_cache_usage_perc") > 0
+        until(lambda: server.value("vllm:kv_cache_usage_perc") > 0)  # published within a moment
     until(lambda: at_rest(server))
     cache = httpx.get(f"{server.base_url}/admin/cache").json()
     assert [
