@@ -44,7 +44,8 @@ def test_a_disconnect_frees_blocks_and_lease(server):
         "POST", f"{server.base_url}/v1/completions", json=body, timeout=60
     ) as response:
         assert response.status_code == 200
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the connection is closed with it
+        next(lines)
         until(lambda: server.value("vllm:kv_cache_usage_perc") > 0)  # published within a moment
     until(lambda: at_rest(server))
     cache = httpx.get(f"{server.base_url}/admin/cache").json()
