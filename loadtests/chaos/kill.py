@@ -191,7 +191,7 @@ class Chaos:
         used = again.registry.digests()
         expect(again.store.list() == sorted(used), "bytes without a version, or the reverse")
         for digest in used:
-            again.store.verify(digest)
+            again.store.verified(digest)
         expect(again.leftovers() == [], f"left over: {again.leftovers()}")
         root = self.home / "store"
         files = {p.relative_to(root).parts[0] for p in root.rglob("*") if p.is_file()}

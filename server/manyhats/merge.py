@@ -86,14 +86,14 @@ def _compiled(settings: Settings, base: BaseModel, adapter: str) -> CompiledAdap
             )
         whole = record.ref.composition
         if whole is None:
-            return _compile(settings, base, store.path(record.ref.digest))
+            return _compile(settings, base, store.verified(record.ref.digest))
         if whole.kind is CompositionKind.ENSEMBLE:
             raise AdapterRejectedError(
                 "cannot_merge",
                 f"{record.ref} is an ensemble: several models, whose answers are averaged",
                 param="adapter",
             )
-        members = [_compile(settings, base, store.path(m.digest)) for m in whole.members]
+        members = [_compile(settings, base, store.verified(m.digest)) for m in whole.members]
         return compose(record.ref, whole, members, AdapterLimits.of(settings))
 
 

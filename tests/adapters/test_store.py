@@ -56,7 +56,7 @@ def test_the_digest_is_the_sha256_of_the_canonical_description(store, tmp_path):
     assert folder == tmp_path / "store" / digest[:2] / digest
     assert (folder / CONFIG).read_bytes() == b"{}"
     assert (folder / WEIGHTS).read_bytes() == b"abc"
-    store.verify(digest)
+    store.verified(digest)
 
 
 def test_where_the_files_are_cut_changes_the_digest(store):
@@ -76,9 +76,9 @@ def test_a_damaged_version_is_replaced_by_a_new_commit(store):
     digest = commit(store, b"{}", b"good")
     (store.path(digest) / WEIGHTS).write_bytes(b"evil")
     with pytest.raises(AdapterLoadError, match=r"adapter_model\.safetensors .* is damaged"):
-        store.verify(digest)
+        store.verified(digest)
     assert commit(store, b"{}", b"good") == digest
-    store.verify(digest)
+    store.verified(digest)
     assert (store.path(digest) / WEIGHTS).read_bytes() == b"good"
 
 
@@ -158,7 +158,7 @@ def test_a_restart_removes_what_a_killed_process_left(tmp_path):
     store.close()
     again = AdapterStore(root)
     assert again.list() == [digest]
-    again.verify(digest)
+    again.verified(digest)
     again.close()
 
 
@@ -229,7 +229,7 @@ def test_delete_removes_and_says_whether_it_did(store, tmp_path):
 
 @pytest.mark.parametrize("digest", ["", "..", "../" * 20, "A" * 64, "0" * 63, "0" * 64 + "\n"])
 def test_only_a_digest_names_a_folder(store, digest):
-    for call in (store.path, store.delete, store.verify):
+    for call in (store.path, store.delete, store.verified):
         with pytest.raises(ValueError, match="not a digest"):
             call(Digest(digest))
 
@@ -262,7 +262,7 @@ def test_threads_that_commit_the_same_content_agree(store, tmp_path):
     assert len(digests) == 8
     assert store.list() == sorted(set(digests))
     assert len(set(digests)) == 1
-    store.verify(digests[0])
+    store.verified(digests[0])
     assert left_over(tmp_path) == []
 
 

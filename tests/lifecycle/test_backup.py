@@ -78,7 +78,7 @@ def fill(settings: Settings, tmp_path) -> None:
 def everything(settings: Settings):
     with stores(settings) as kept:
         for digest in kept.adapters.list():
-            kept.adapters.verify(digest)
+            kept.adapters.verified(digest)
             compile_folder(kept.adapters.path(digest))
         _, tenants = kept.tenants.read()
         return kept.registry.dump(), kept.adapters.list(), tenants, kept.usage.read(0)

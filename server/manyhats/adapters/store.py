@@ -147,8 +147,11 @@ class AdapterStore:
                 )
         return folder
 
-    def verify(self, digest: Digest) -> None:
-        """Read everything and compare it with the digest. Raises AdapterLoadError."""
+    def verified(self, digest: Digest) -> Path:
+        """``path`` of a version that is what its digest says. Reads everything.
+
+        Raises AdapterLoadError.
+        """
         folder = self.path(digest)
         for name, (_, expected) in self._manifest(digest).items():
             try:
@@ -158,6 +161,7 @@ class AdapterStore:
                 raise AdapterLoadError(f"{name} of adapter {digest} cannot be read: {exc}") from exc
             if actual != expected:
                 raise AdapterLoadError(f"{name} of adapter {digest} is damaged on the disk")
+        return folder
 
     def delete(self, digest: Digest) -> bool:
         """Remove a version's bytes; false where there were none. Open files can be read on."""
@@ -218,7 +222,7 @@ class AdapterStore:
     def intact(self, digest: Digest) -> bool:
         """Whether the version is there, and what its digest says. Reads everything."""
         try:
-            self.verify(digest)
+            self.verified(digest)
         except AdapterLoadError:
             return False
         return True

@@ -52,13 +52,14 @@ def checked(
 
 
 def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:
-    """A version out of the store, lengths checked, in canonical form: what fills the host tier.
+    """A version out of the store, its bytes held to the digest (a GB takes about half a second, and
+    no step waits), in canonical form: what fills the host tier.
 
     Raises AdapterLoadError, also for what was accepted once and is no longer (damaged bytes, a
     lower ``max_rank``).
     """
     try:
-        return replace(compile_folder(store.path(digest)), digest=digest)
+        return replace(compile_folder(store.verified(digest)), digest=digest)
     except AdapterRejectedError as exc:
         raise AdapterLoadError(f"adapter {digest} can no longer be served: {exc.message}") from exc
 
