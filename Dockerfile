@@ -18,19 +18,21 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
 RUN python -m venv /opt/manyhats
 ENV PATH=/opt/manyhats/bin:$PATH
 COPY constraints.txt /
+# Extras of the wheel: --build-arg EXTRAS=[otel,ray]
+ARG EXTRAS=
 
 FROM environment AS environment-cpu
 ARG TORCH=2.13.0
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --no-deps --index-url "${TORCH_CPU_INDEX}" "torch==${TORCH}"
 COPY --from=wheel /wheel /wheel
-RUN pip install --no-cache-dir -c /constraints.txt /wheel/*.whl
+RUN pip install --no-cache-dir -c /constraints.txt "$(echo /wheel/*.whl)${EXTRAS}"
 
 FROM environment AS environment-cuda
 ARG TORCH=2.13.0
 RUN pip install --no-cache-dir -c /constraints.txt "torch==${TORCH}"
 COPY --from=wheel /wheel /wheel
-RUN pip install --no-cache-dir -c /constraints.txt /wheel/*.whl
+RUN pip install --no-cache-dir -c /constraints.txt "$(echo /wheel/*.whl)${EXTRAS}"
 
 # -- what runs --------------------------------------------------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS runtime

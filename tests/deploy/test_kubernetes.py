@@ -25,7 +25,7 @@ def folder(repository) -> Path:
 @pytest.fixture(scope="module")
 def documents(folder):
     """(file, document) of every manifest that is no kustomization and no patch."""
-    skipped = {"kustomization.yaml", "gpu.yaml"}
+    skipped = {"kustomization.yaml", "gpu.yaml", "without.yaml"}
     return [
         (path.relative_to(folder), document)
         for path in sorted(folder.rglob("*.yaml"))
@@ -77,6 +77,7 @@ def test_every_manifest_fits_its_schema(documents, custom):
     assert kinds >= {
         "Deployment", "Service", "PodDisruptionBudget", "ServiceMonitor", "InferencePool",
         "HorizontalPodAutoscaler", "NetworkPolicy", "InferenceModelRewrite", "HTTPRoute",
+        "RayService",
     }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_the_schemas_can_refuse(documents, custom):
 
 
 def test_every_file_is_reached_from_an_overlay(folder):
-    reached, left = set(), [folder / "overlays" / name for name in ("cpu", "gpu")]
+    reached, left = set(), [folder / "overlays" / name for name in ("cpu", "gpu", "ray")]
     while left:
         here = left.pop()
         listed = yaml.safe_load((here / "kustomization.yaml").read_text("utf-8"))
@@ -205,3 +206,64 @@ def test_the_gateway_leads_to_the_pool_and_the_pool_to_its_picker(documents):
     assert {p["pluginRef"] for p in profile["plugins"]} == {p["type"] for p in config["plugins"]}
     weights = {p["pluginRef"]: p.get("weight", 0) for p in profile["plugins"]}
     assert max(weights, key=weights.get) == "lora-affinity-scorer"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(documents):
+    return one(documents, "RayService")["spec"]["rayClusterConfig"]
+
+
+def ray_pods(cluster):
+    """The pod templates that KubeRay makes pods of."""
+    return [cluster["headGroupSpec"]["template"]] + [
+        group["template"] for group in cluster["workerGroupSpecs"]
+    ]
+
+
+def test_rays_pods_fit_kubernetes_schema_and_our_rules(ray_cluster):
+    for pod in ray_pods(ray_cluster):
+        kubernetes_validate.validate(
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod["spec"]},
+            VERSION,
+            strict=True,
+        )
+        assert pod["metadata"]["labels"] == SERVER, "the network policies and the budget meet it"
+        assert pod["spec"]["enableServiceLinks"] is False
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        (container,) = pod["spec"]["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp", "/var/lib/manyhats"}
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]
+
+
+def test_ray_serves_the_same_application_there_and_has_room_for_its_replicas(
+    documents, ray_cluster, repository
+):
+    spec = one(documents, "RayService")["spec"]
+    text = (repository / "deploy" / "ray" / "serve.yaml").read_text("utf-8")
+    config = yaml.safe_load(spec["serveConfigV2"])
+    assert config == yaml.safe_load(text)
+    args = config["applications"][0]["args"]
+    (workers,) = ray_cluster["workerGroupSpecs"]
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (
+        args["min_replicas"],
+        args["max_replicas"],
+    )
+    (container,) = workers["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert int(limits["cpu"]) >= args["num_cpus"], "Ray counts the limit as what a node has"
+    assert int(limits["nvidia.com/gpu"]) == args["num_gpus"]
+    mounts = {m["mountPath"] for m in container["volumeMounts"]}
+    assert args["home"] in mounts
+    assert args["flags"].split("--store ")[1] in mounts
+    assert container["envFrom"] == [{"configMapRef": {"name": "manyhats-settings"}}]
+
+
+def test_rays_readiness_asks_without_wget(ray_cluster):
+    """KubeRay's own probe of a worker of a RayService would, and the image has none."""
+    (workers,) = ray_cluster["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    python, _, source = container["readinessProbe"]["exec"]["command"]
+    assert python == "python"
+    compile(source, "readinessProbe", "exec")
+    assert ray_cluster["rayVersion"] >= "2.53", "the head's probes are HTTP from there on"
