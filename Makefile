@@ -38,7 +38,7 @@ BRIEF := awk '/^(Collecting|Processing)/ { sub(/.*\//, "", $$2); sub(/[-=<>~!;][
   /^Installing collected/ { print "\n    installing " NF - 3 " packages"; fflush() }'
 HUSH := 2> >(grep -v '^WARNING: Location' >&2)
 
-.PHONY: help install serve test lint format check bench loadtest demo-adapters api-docs constraints clean
+.PHONY: help install serve test test-ray lint format check bench loadtest demo-adapters api-docs constraints clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.* ## (.*)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -52,6 +52,18 @@ test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 	@$(BIN)/manyhats fetch-default >/dev/null
 	@{ command -v prometheus && command -v promtool; } >/dev/null || deploy/prometheus/fetch-tools "$${MANYHATS_HOME:-$$HOME/.manyhats}/tools" || true
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+
+test-ray: .venv-ray/.stamp ## Run the tests behind Ray Serve (Ray, 400 MB, gets an environment of its own)
+	@.venv-ray/bin/python -m pytest -o log_cli=true -o log_cli_level=INFO tests/fleet/test_ray_serve.py $(TESTS)
+
+# Its packages lie before those of .venv, which it sees too.
+.venv-ray/.stamp: pyproject.toml $(STAMPS)/dev
+	@$(BIN)/python -m venv .venv-ray
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])' \
+	  | xargs .venv-ray/bin/python -m pip --disable-pip-version-check install -q $(HUSH)
+	@touch $@
 
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .
@@ -92,7 +104,7 @@ constraints: $(STAMPS)/dev ## Pin in constraints.txt what is installed in .venv
 	@mv constraints.new constraints.txt
 
 clean: ## Remove .venv and the caches; what is in MANYHATS_HOME stays
-	rm -rf $(VENV) .venv-loadtest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) .venv-loadtest .venv-ray build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 	find server kernels tests examples loadtests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Set-up. Each step leaves a stamp and is done again when what it was made from is newer.

@@ -24,17 +24,20 @@ from workload import popularity
 class Assumptions:
     """``tokens_s``: output tokens a second of one replica with mixed adapters, measured.
 
-    ``busy``: the share of it to plan with. ``base_mb``: resident memory of a server without
-    adapters; ``adapter_mb``: one adapter's bytes, on disk, host and device alike (megabytes).
+    ``busy``: the share of it to plan with. Memory in megabytes: ``base_mb``, of a server that has
+    answered nothing yet; ``kv_mb``, its KV cache, which fills up whatever the traffic is (the
+    prefix cache keeps what it can); ``adapter_mb``, one adapter's bytes, on disk, host and device
+    alike.
     """
 
     request_s: float = 0.01
     output_tokens: int = 128
     alpha: float = 1.0
-    tokens_s: float = 221.0
+    tokens_s: float = 224.0
     busy: float = 0.7
     slots: int = 64
-    base_mb: float = 1513.0
+    base_mb: float = 1000.0
+    kv_mb: float = 1074.0
     adapter_mb: float = 9.8
 
 
@@ -84,7 +87,8 @@ def plan(tenants: int, given: Assumptions) -> Plan:
         hit=hit,
         hit_random=lru_hit(shares, given.slots),
         loads_s=(1 - hit) * rate / replicas,
-        replica_mb=given.base_mb + 2 * held * given.adapter_mb,  # on the device and on the host
+        # Resident adapters are on the device and on the host.
+        replica_mb=given.base_mb + given.kv_mb + 2 * held * given.adapter_mb,
         disk_mb=tenants * given.adapter_mb,
     )
 

@@ -53,6 +53,11 @@ class ServerProcess:
                 self.command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
             )
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
     async def wait_ready(self, timeout_s: float = 300.0) -> float:
         """Polls /readyz until it answers 200; returns the seconds that took. Raises ServerError."""
         started = time.monotonic()

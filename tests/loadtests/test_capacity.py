@@ -48,7 +48,7 @@ def test_a_plan_is_its_own_arithmetic() -> None:
     plan = capacity.plan(1000, given)
     assert plan.rate == pytest.approx(20.0)
     assert plan.replicas == 20  # 2000 tokens/s over 100 each
-    assert plan.replica_mb == given.base_mb + 40
+    assert plan.replica_mb == given.base_mb + given.kv_mb + 40
     assert plan.disk_mb == 2000
     assert plan.hit > plan.hit_random
     assert plan.loads_s == pytest.approx((1 - plan.hit) * 1.0)
