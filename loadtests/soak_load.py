@@ -195,6 +195,11 @@ class Traffic:
 
     async def admin(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """A call that must succeed; its answer's body."""
+        return (await self._call(method, path, body))[1]
+
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[int, bytes]:
         connection = self._connection()
         try:
             content = None if body is None else orjson.dumps(body)
@@ -204,11 +209,12 @@ class Traffic:
             await connection.close()
         if response.status >= 300:
             self.tally.problems.append(f"{method} {path}: HTTP {response.status}: {text[:200]!r}")
-        return text
+        return response.status, text
 
-    async def register(self, name: str, folder: Path) -> None:
-        """A version of ``name``."""
-        await self.admin("POST", "/admin/adapters", {"name": name, "path": str(folder)})
+    async def register(self, name: str, folder: Path) -> bool:
+        """A version of ``name``; whether there is one now."""
+        body = {"name": name, "path": str(folder)}
+        return (await self._call("POST", "/admin/adapters", body))[0] < 300
 
     async def roll(self, pause_s: float) -> None:
         """Moves the route of ``ROLLED``, over and over, until cancelled."""
@@ -225,7 +231,9 @@ class Traffic:
         Every second one is removed while a request of it runs, which must end whole.
         """
         for number in itertools.count():
-            await self.register(CHURNED, folders[number % len(folders)])
+            await asyncio.sleep(pause_s)
+            if not await self.register(CHURNED, folders[number % len(folders)]):
+                continue
             asked = asyncio.create_task(self.ask(self.mix.body(self._rng, CHURNED)))
             if number % 2:
                 await asked
@@ -234,7 +242,6 @@ class Traffic:
             await self.admin("DELETE", f"/admin/adapters/{CHURNED}?force=true&reason=soak")
             await asked
             self.tally.lives += 1
-            await asyncio.sleep(pause_s)
 
     async def _until_held(self) -> None:
         """Until the device has the churned adapter, so that a request of it has begun."""
