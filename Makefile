@@ -54,7 +54,7 @@ test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 test-ray: .venv-ray/.stamp ## Run the tests behind Ray Serve (Ray, 400 MB, gets an environment of its own)
-	@.venv-ray/bin/python -m pytest -o log_cli=true -o log_cli_level=INFO tests/fleet/test_ray_serve.py $(TESTS)
+	@.venv-ray/bin/python -m pytest -W default -o log_cli=true -o log_cli_level=INFO tests/fleet/test_ray_serve.py $(TESTS)
 
 # Its packages lie before those of .venv, which it sees too.
 .venv-ray/.stamp: pyproject.toml $(STAMPS)/dev
