@@ -62,7 +62,7 @@ class Server:
 @contextmanager
 def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[Server]:
     """``python -m manyhats serve`` on a free port, once it answers; ended by SIGTERM afterwards."""
-    share_kernels(home)
+    share_caches(home)
     command = [
         sys.executable,
         "-m",
@@ -79,12 +79,16 @@ def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[
         yield server
 
 
-def share_kernels(home: Path) -> None:
-    """Gives a home the kernels that `make test` has compiled: a compiler takes ten seconds."""
-    kernels = Settings().home / "kernels"
-    if kernels.is_dir() and not (home / "kernels").exists():
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "kernels").symlink_to(kernels, target_is_directory=True)
+def share_caches(home: Path) -> None:
+    """Gives a home what every other one would make again: compiled kernels and quantized bases,
+    both named by what they were made of. A compiler takes ten seconds, quantizing as long.
+    """
+    for name in ("kernels", "quantized"):
+        shared = Settings().home / name
+        shared.mkdir(parents=True, exist_ok=True)
+        if not (home / name).exists():
+            home.mkdir(parents=True, exist_ok=True)
+            (home / name).symlink_to(shared, target_is_directory=True)
 
 
 @contextmanager
