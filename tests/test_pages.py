@@ -115,9 +115,9 @@ def test_keys_and_tenants(reader):
     assert ran.count("manyhats") == 4 and ran.count("curl") == 2
     assert "acme" in reader.output[0]
     keys = {"authorization": f"Bearer {KEY}"}
-    issued = httpx.get(f"{reader.url}/admin/tenants/acme/keys", headers=keys).json()
+    issued = httpx.get(f"{reader.url}/admin/tenants/acme/keys", headers=keys, timeout=60).json()
     assert [key["role"] for key in issued["data"]] == ["tenant", "tenant"]
-    assert httpx.get(f"{reader.url}/admin/tenants").status_code == 401
+    assert httpx.get(f"{reader.url}/admin/tenants", timeout=60).status_code == 401
 
 
 def test_quickstart(reader):
@@ -132,7 +132,7 @@ def test_serving_your_own(reader):
     ran = reader.read(DOCS / "serving.md")
     assert ran.count("python") == 3 and ran.count("curl") == 4
     assert reader.served_by == ["parrot@1", "parrot@2", "parrot@2", "parrot@1"]
-    shown = httpx.get(f"{reader.url}/admin/adapters/parrot").json()
+    shown = httpx.get(f"{reader.url}/admin/adapters/parrot", timeout=60).json()
     assert shown["route"]["stable"] == 1
     assert shown["route"]["canary"]["version"] == 3
     assert [v["state"] for v in shown["versions"]] == ["ready", "retired", "ready"]

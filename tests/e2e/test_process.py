@@ -5,24 +5,19 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import time
+from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
+import torch
 from support.base import write_base
+from support.polling import PATIENCE_S, until
 from support.random_lora import write_random_lora
 from support.server import running_server
 
 pytestmark = pytest.mark.e2e
-
-
-def until(condition, timeout: float = 30.0) -> None:
-    """Polls what can only be seen from outside."""
-    give_up = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.05)
 
 
 def at_rest(server) -> bool:
@@ -31,6 +26,13 @@ def at_rest(server) -> bool:
         metrics["vllm:num_requests_running", ()] == metrics["vllm:num_requests_waiting", ()] == 0
         and metrics["vllm:kv_cache_usage_perc", ()] == 0
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is for GPUs, and there is one")
+def test_on_a_cpu_triton_is_not_even_imported(server):
+    mapped = {Path(m.path).name for m in psutil.Process(server.process.pid).memory_maps()}
+    assert {name for name in mapped if name.startswith("libtorch_cpu")}
+    assert not {name for name in mapped if "libtriton" in name}
 
 
 def test_a_disconnect_frees_blocks_and_lease(server):
@@ -42,14 +44,14 @@ def test_a_disconnect_frees_blocks_and_lease(server):
         "ignore_eos": True,
     }
     with httpx.stream(
-        "POST", f"{server.base_url}/v1/completions", json=body, timeout=60
+        "POST", f"{server.base_url}/v1/completions", json=body, timeout=PATIENCE_S
     ) as response:
         assert response.status_code == 200
         lines = response.iter_lines()  # kept: the connection is closed with it
         next(lines)
         until(lambda: server.value("vllm:kv_cache_usage_perc") > 0)  # published within a moment
     until(lambda: at_rest(server))
-    cache = httpx.get(f"{server.base_url}/admin/cache").json()
+    cache = server.get("/admin/cache").json()
     assert [
         r["leases"] for r in cache["device"]["resident"] if r["adapter"].startswith("pirate")
     ] == [0]
@@ -141,7 +143,9 @@ def test_200_adapters_over_8_slots(tiny_slots):
     for name, answers in seen.items():
         alone = answer(
             httpx.post(
-                f"{tiny_slots.base_url}/v1/completions", json={"model": name, **body}, timeout=60
+                f"{tiny_slots.base_url}/v1/completions",
+                json={"model": name, **body},
+                timeout=PATIENCE_S,
             )
         )
         for text, scores in answers:
@@ -151,18 +155,23 @@ def test_200_adapters_over_8_slots(tiny_slots):
     assert len({round(a[0][1][0], 5) for a in seen.values()}) > 0.9 * len(seen)
 
     until(lambda: at_rest(tiny_slots))
-    cache = httpx.get(f"{tiny_slots.base_url}/admin/cache").json()
+    cache = tiny_slots.get("/admin/cache").json()
     assert len(cache["device"]["resident"]) <= 8
     assert all(r["leases"] == 0 for r in cache["device"]["resident"])
     assert cache["host"]["bytes_used"] <= 1 << 20
     for tier in ("device", "host"):
         assert tiny_slots.total("manyhats_adapter_evictions_total", tier=tier) > 0
 
-    for name in {f"a{i:03}" for i in range(200)}:
-        assert httpx.delete(f"{tiny_slots.base_url}/admin/adapters/{name}").status_code == 200
-    until(lambda: httpx.get(f"{tiny_slots.base_url}/admin/cache").json()["host"]["bytes_used"] == 0)
-    device = httpx.get(f"{tiny_slots.base_url}/admin/cache").json()["device"]
-    assert (device["slots_used"], device["rows_used"]) == (0, 0)
+    with httpx.Client(base_url=tiny_slots.base_url, timeout=PATIENCE_S) as http:
+        for index in range(200):
+            assert http.delete(f"/admin/adapters/a{index:03}").status_code == 200
+
+    def left() -> tuple[int, int, int]:
+        cache = tiny_slots.get("/admin/cache").json()
+        device = cache["device"]
+        return cache["host"]["bytes_used"], device["slots_used"], device["rows_used"]
+
+    until(lambda: left() == (0, 0, 0), told=left)
 
 
 def test_sigterm_lets_running_requests_end(tiny_slots):

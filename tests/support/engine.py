@@ -128,7 +128,7 @@ class LocalEngine:
         )
         return request_id
 
-    def wait(self, *request_ids: str, timeout: float = 120.0) -> list[list[Output]]:
+    def wait(self, *request_ids: str, timeout: float = 300.0) -> list[list[Output]]:
         """Outputs of the requests, once each has ended."""
         deadline = time.monotonic() + timeout
         while not all(self._done(r) for r in request_ids):

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from support.polling import PATIENCE_S
 
 from manyhats.config import Settings
 
@@ -32,9 +34,13 @@ class Server:
     base_url: str
     output: list[str]
 
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        """GET on a connection of its own, with patience for a busy machine."""
+        return httpx.get(f"{self.base_url}{path}", timeout=PATIENCE_S, **more)
+
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """Every sample of /metrics by (name, sorted labels)."""
-        text = httpx.get(f"{self.base_url}/metrics").raise_for_status().text
+        text = self.get("/metrics").raise_for_status().text
         return {
             (s.name, tuple(sorted(s.labels.items()))): s.value
             for family in text_string_to_metric_families(text)
