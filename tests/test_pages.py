@@ -13,12 +13,12 @@ import pytest
 import torch
 from pydantic import SecretStr
 from support.api import serving
+from support.base import tiny_settings
 from support.models import VOCAB, tiny_model, tiny_tokenizer
 from support.pages import ROOT, Reader, commands
 from support.random_lora import write_random_lora
 
 from manyhats.app import build
-from manyhats.config import Settings
 
 DOCS = ROOT / "docs"
 TEMPLATE = (
@@ -68,14 +68,9 @@ def reader(request, base, tmp_path, monkeypatch):
         write_data(tmp_path / f"{name}.jsonl", seed, f"w{7 + seed} w{9 + seed} w11")
         instead[f"examples/data/{name}.jsonl"] = str(tmp_path / f"{name}.jsonl")
     made = build(
-        Settings(
-            home=tmp_path / "home",
-            model=str(base),
-            device="cpu",
-            dtype="fp32",
-            quantization="none",
-            kernels="torch",
-            kv_cache_mb=16,
+        tiny_settings(
+            tmp_path / "home",
+            base,
             adapter_root=(root,),
             admin_api_keys=(SecretStr(KEY),) if keyed else (),
         )
