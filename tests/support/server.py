@@ -66,7 +66,7 @@ class Server:
 
 
 @contextmanager
-def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[Server]:
+def running_server(home: Path, *flags: str, timeout: float = 400.0) -> Iterator[Server]:
     """``python -m manyhats serve`` on a free port, once it answers; ended by SIGTERM afterwards."""
     share_caches(home)
     command = [
@@ -103,7 +103,7 @@ def running_command(
     env: Mapping[str, str],
     *,
     cwd: Path | None = None,
-    timeout: float = 240.0,
+    timeout: float = 400.0,
 ) -> Iterator[Server]:
     """A command that serves, with that environment and no other, once it answers."""
     process = subprocess.Popen(
