@@ -1,5 +1,5 @@
-"""Imports transformers and bitsandbytes without what both would bring along for nothing: on two
-cores that is half of a server's start.
+"""Imports transformers and bitsandbytes without what both would bring along for nothing, which
+takes seconds of every start.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,17 +23,17 @@ def lean_imports() -> Iterator[None]:
     been imported already, stays.
     """
     unneeded = ["scipy"] if torch.cuda.is_available() else ["scipy", "triton"]
-    hidden = [name for name in unneeded if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules
+    hidden = [name for name in unneeded if name not in modules]
     compiler = torch.compile
-    torch.compile = partial(compiler, disable=True)  # its own switch
-    # None in sys.modules: the package cannot be found (Python's import system).
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    vars(torch)["compile"] = partial(compiler, disable=True)  # its own switch
+    modules.update(dict.fromkeys(hidden))  # None: not to be found (Python's import system)
     try:
         yield
     finally:
         for name in hidden:
-            sys.modules.pop(name, None)
-        torch.compile = compiler
+            modules.pop(name, None)
+        vars(torch)["compile"] = compiler
 
 
 with lean_imports():
