@@ -70,12 +70,7 @@ static void NAME(bottleneck_run)(const lora_args *g, const float *bias, const in
             NAME(shrink)(g, seg, t0, least(t0 + g->token_step, seg->tokens), r0, least(r0 + 4, seg->count));
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < g->segment_count; i++) {
-            const lora_segment *seg = &g->segments[i];
-            int32_t kind = kinds[slots[g->order[seg->begin]]];
-            for (int64_t t = 0; t < seg->tokens; t++)
-                activate(g->scratch + seg->scratch + t * seg->count, bias + seg->start, seg->count, kind);
-        }
+        for (int64_t i = 0; i < g->segment_count; i++) activate_segment(g, &g->segments[i], bias, kinds, slots);
 #pragma omp for schedule(dynamic, g->expand_grain)
         for (int64_t item = 0; item < g->expand_items; item++) {
             const lora_segment *seg = find_segment(g, item, 1);
