@@ -183,5 +183,5 @@ def test_sigterm_lets_running_requests_end(tiny_slots):
         tiny_slots.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
-    assert len(rest) > 100, "it has only begun when the signal comes"
+    assert '"finish_reason":"length"' in rest[-2].replace(" ", "")
     assert tiny_slots.process.wait(60) == 0
