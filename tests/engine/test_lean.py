@@ -12,7 +12,7 @@ from manyhats.engine.model.lean import lean_imports
 
 
 def test_what_is_not_needed_is_hidden_while_it_lasts(monkeypatch):
-    for name in [m for m in sys.modules if m.partition(".")[0] == "scipy"]:
+    for name in [m for m in sys.modules if m.partition(".")[0] in ("scipy", "transformers")]:
         monkeypatch.delitem(sys.modules, name)
     compiler = torch.compile
     with lean_imports():
@@ -21,6 +21,15 @@ def test_what_is_not_needed_is_hidden_while_it_lasts(monkeypatch):
         assert torch.compile(abs) is abs
     assert torch.compile is compiler
     assert importlib.util.find_spec("scipy") is not None
+
+
+def test_a_transformers_that_may_have_seen_scipy_keeps_it(monkeypatch):
+    for name in [m for m in sys.modules if m.partition(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", sys)
+    with lean_imports():
+        assert "scipy" not in sys.modules
+        assert importlib.util.find_spec("scipy") is not None
 
 
 def test_what_is_there_already_stays(monkeypatch):

@@ -22,8 +22,10 @@ def lean_imports() -> Iterator[None]:
     Triton, which is for GPUs alone. All three libraries do without when it is not there; what has
     been imported already, stays.
     """
-    unneeded = ["scipy"] if torch.cuda.is_available() else ["scipy", "triton"]
     modules: dict[str, Any] = sys.modules
+    unneeded = [] if torch.cuda.is_available() else ["triton"]
+    if "transformers" not in modules:  # else it may have seen SciPy already, and counts on it
+        unneeded.append("scipy")
     hidden = [name for name in unneeded if name not in modules]
     compiler = torch.compile
     vars(torch)["compile"] = partial(compiler, disable=True)  # its own switch
