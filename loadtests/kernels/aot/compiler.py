@@ -6,7 +6,6 @@ cores from the PTX. A stack is where registers are spilled to.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import tempfile
@@ -65,17 +64,6 @@ class Row:
     shared: int
     tensor_cores: bool
     problem: str
-
-
-def fingerprint(case: Case, target: int) -> str:
-    """Names what ``compiled`` would compile: equal ones come out equal.
-
-    SHA-256 over Triton's version, the chip, the options, and Triton's own hash of the kernel's
-    source with all that it calls, its types and constants.
-    """
-    options = (target, case.warps, case.stages, case.fusion, case.chip, case.tensor_cores)
-    parts = (triton.__version__, case.name, *options, _source(case).hash())
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
 def compiled(case: Case, target: int) -> Row:
