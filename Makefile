@@ -51,7 +51,7 @@ serve: install ## Serve the default model and the demo adapters on 127.0.0.1:800
 test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 	@$(BIN)/manyhats fetch-default >/dev/null
 	@{ command -v prometheus && command -v promtool; } >/dev/null || deploy/prometheus/fetch-tools "$${MANYHATS_HOME:-$$HOME/.manyhats}/tools" || true
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-ray: .venv-ray/.stamp ## Run the tests behind Ray Serve (Ray, 400 MB, gets an environment of its own)
 	@.venv-ray/bin/python -m pytest -W default -o log_cli=true -o log_cli_level=INFO tests/fleet/test_ray_serve.py $(TESTS)
@@ -147,7 +147,7 @@ $(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
 	$(INSTALL) -e '.[dev]' $${pin:+"$$pin"} $(HUSH) | $(BRIEF)
 	@touch $(STAMPS)/base $@
 
-$(STAMPS)/kernels: $(wildcard kernels/manyhats_kernels/native/*.c) | $(STAMPS)/base
+$(STAMPS)/kernels: $(wildcard kernels/manyhats_kernels/native/*.[ch]) | $(STAMPS)/base
 	@echo "==> CPU kernels"
 	@$(BIN)/manyhats build-kernels
 	@touch $@

@@ -13,12 +13,12 @@ import pytest
 import torch
 from pydantic import SecretStr
 from support.api import serving
+from support.base import tiny_settings
 from support.models import VOCAB, tiny_model, tiny_tokenizer
 from support.pages import ROOT, Reader, commands
 from support.random_lora import write_random_lora
 
 from manyhats.app import build
-from manyhats.config import Settings
 
 DOCS = ROOT / "docs"
 TEMPLATE = (
@@ -68,14 +68,9 @@ def reader(request, base, tmp_path, monkeypatch):
         write_data(tmp_path / f"{name}.jsonl", seed, f"w{7 + seed} w{9 + seed} w11")
         instead[f"examples/data/{name}.jsonl"] = str(tmp_path / f"{name}.jsonl")
     made = build(
-        Settings(
-            home=tmp_path / "home",
-            model=str(base),
-            device="cpu",
-            dtype="fp32",
-            quantization="none",
-            kernels="torch",
-            kv_cache_mb=16,
+        tiny_settings(
+            tmp_path / "home",
+            base,
             adapter_root=(root,),
             admin_api_keys=(SecretStr(KEY),) if keyed else (),
         )
@@ -115,9 +110,9 @@ def test_keys_and_tenants(reader):
     assert ran.count("manyhats") == 4 and ran.count("curl") == 2
     assert "acme" in reader.output[0]
     keys = {"authorization": f"Bearer {KEY}"}
-    issued = httpx.get(f"{reader.url}/admin/tenants/acme/keys", headers=keys).json()
+    issued = httpx.get(f"{reader.url}/admin/tenants/acme/keys", headers=keys, timeout=60).json()
     assert [key["role"] for key in issued["data"]] == ["tenant", "tenant"]
-    assert httpx.get(f"{reader.url}/admin/tenants").status_code == 401
+    assert httpx.get(f"{reader.url}/admin/tenants", timeout=60).status_code == 401
 
 
 def test_quickstart(reader):
@@ -132,7 +127,7 @@ def test_serving_your_own(reader):
     ran = reader.read(DOCS / "serving.md")
     assert ran.count("python") == 3 and ran.count("curl") == 4
     assert reader.served_by == ["parrot@1", "parrot@2", "parrot@2", "parrot@1"]
-    shown = httpx.get(f"{reader.url}/admin/adapters/parrot").json()
+    shown = httpx.get(f"{reader.url}/admin/adapters/parrot", timeout=60).json()
     assert shown["route"]["stable"] == 1
     assert shown["route"]["canary"]["version"] == 3
     assert [v["state"] for v in shown["versions"]] == ["ready", "retired", "ready"]

@@ -10,11 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from support.models import tiny_model, tiny_tokenizer
+from support.base import tiny_settings, write_base
 from support.random_lora import write_random_lora
 
 from manyhats.app import Application, build
-from manyhats.config import Settings
 from manyhats.types import DEFAULT_TENANT
 
 DATA = "\n".join(
@@ -68,24 +67,12 @@ class Client:
 
 def served(tmp_path: Path, scenario: Callable[[Client], Awaitable[None]], **settings) -> None:
     """Runs a scenario against an application over a tiny model."""
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    folder = write_base(tmp_path / "base")
     before = torch.get_num_threads()
 
     async def run() -> None:
         application = build(
-            Settings(
-                home=tmp_path / "home",
-                model=str(folder),
-                device="cpu",
-                dtype="fp32",
-                quantization="none",
-                kernels="torch",
-                kv_cache_mb=16,
-                adapter_root=(tmp_path,),
-                **settings,
-            )
+            tiny_settings(tmp_path / "home", folder, adapter_root=(tmp_path,), **settings)
         )
         try:
             transport = httpx.ASGITransport(application.api, client=("127.0.0.1", 1))

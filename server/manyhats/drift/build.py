@@ -17,7 +17,6 @@ from manyhats.drift.monitor import DriftMonitor, Names, Options
 from manyhats.drift.rescoring import Compare, Rescorer
 from manyhats.drift.revalidation import Evaluations, Owned, Revalidation
 from manyhats.drift.store import DriftStore
-from manyhats.drift.store_redis import RedisDriftStore
 from manyhats.drift.store_sqlite import SqliteDriftStore
 from manyhats.drift.track import Layout
 from manyhats.drift.validation import Validations
@@ -79,6 +78,8 @@ def open_drift(
     if settings.redis_url is None:
         store, replica = SqliteDriftStore(path), "here"
     else:
+        from manyhats.drift.store_redis import RedisDriftStore  # redis only where it is used
+
         store, replica = RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
     actor = Actor(rollouts, store, metrics, webhook.send if webhook else None, clock)
     validations = Validations(store, clock)
