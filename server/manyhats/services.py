@@ -79,11 +79,11 @@ def open_services(
     tenancy: Tenancy,
     metrics: Metrics,
 ) -> Services:
-    """``folder``: the base's own, where evaluations, drift and half of a fetch are kept."""
+    """``folder``: the base's own, where drift and half of a fetch are kept."""
     evaluations = EvaluationService(
         engine.client,
         adapters,
-        EvaluationStore(folder / "evaluations"),
+        EvaluationStore(registry),
         metrics.lifecycle.evaluated,
     )
     adapters.rollouts.gate = evaluations.objection

@@ -49,7 +49,7 @@ class Server:
             evaluations=EvaluationService(
                 FakeEngine(),
                 adapters.service,
-                EvaluationStore(adapters.home / "evaluations"),
+                EvaluationStore(adapters.registry),
                 lambda *_: None,
             ),
         )
@@ -136,7 +136,7 @@ def test_register_a_folder_show_list_and_delete(server):
         **card, "stable": False, "route": {"stable": 2, "previous": 1, "canary": None},
     }  # fmt: skip
     assert versions[0] == {
-        "version": 1, "state": "ready", "digest": card["digest"], "created": 1234,
+        "version": 1, "state": "checked", "digest": card["digest"], "created": 1234,
         "by": "default/admin", "source": path, "revision": "", "metadata": {},
     }  # fmt: skip
     assert [v["version"] for v in versions] == [1, 2]

@@ -171,7 +171,7 @@ def test_a_name_may_require_an_evaluation(tmp_path):
         assert "was not evaluated" in refused["error"]["message"]
         await client.call("GET", "/a/versions/2/evaluation", status=404)
         _, found = await client.evaluate("a")
-        assert found["state"] == "ready"
+        assert found["state"] == "evaluated"
         assert (await client.call("POST", "/a/promote", {"version": 2}))["route"]["stable"] == 2
         await client.call("DELETE", "/a?force=true")
         await client.register("a", 3, 0.01)

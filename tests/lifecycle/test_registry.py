@@ -246,7 +246,7 @@ def test_a_registry_of_the_first_format_is_brought_up(path):
         entry = again.entry("a")
         assert entry is not None
         assert entry.route == Route(4), "a name has meant its newest version so far"
-        assert {(r.state, r.actor, r.revision) for r in entry.versions} == {("ready", "", "")}
+        assert {(r.state, r.actor, r.revision) for r in entry.versions} == {("checked", "", "")}
         key = again.draw_key
         again.close()
     again = Registry(path, max_versions=5)

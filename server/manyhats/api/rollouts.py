@@ -16,10 +16,9 @@ from pydantic import Field
 from manyhats.api.administration import Operator, adapters, blocking, cause
 from manyhats.api.auth import require_admin, require_operator
 from manyhats.api.body import read_body
-from manyhats.api.schemas import StrictModel, examples, request_body
+from manyhats.api.schemas import Reasoned, StrictModel, examples, request_body
 from manyhats.api.state import api_state
 from manyhats.errors import RequestError, ServiceError
-from manyhats.lifecycle.audit import MAX_REASON
 from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.rollouts import MAX_STEPS
 from manyhats.lifecycle.routes import BASELINE, Route
@@ -27,12 +26,6 @@ from manyhats.lifecycle.routes import BASELINE, Route
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
 
 Version = Annotated[int, Field(ge=1, lt=2**63)]
-
-
-class Reasoned(StrictModel):
-    """Body of a change: why it is made, for the audit log."""
-
-    reason: Annotated[str, Field(max_length=MAX_REASON)] = ""
 
 
 class PromoteRequest(Reasoned):

@@ -8,7 +8,8 @@ import sqlite3
 from manyhats.lifecycle import routes
 from manyhats.lifecycle.compositions import from_json
 from manyhats.lifecycle.documents import NameDocument, encode
-from manyhats.lifecycle.records import AdapterRecord, Entry, State
+from manyhats.lifecycle.records import AdapterRecord, Entry
+from manyhats.lifecycle.states import State
 from manyhats.types import AdapterRef, Digest, TenantId
 
 
@@ -37,7 +38,7 @@ def _read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
             nbytes,
             created,
             source,
-            State(state),
+            State.RETIRED if state == "retired" else State.CHECKED,
             actor,
             revision,
             json.loads(metadata),

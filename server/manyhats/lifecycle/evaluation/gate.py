@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +10,6 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 _Bound = Annotated[float | None, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-
-
-class Require(enum.StrEnum):
-    """What a version needs before requests may be routed to it.
-
-    ``none``: that it has failed no evaluation. ``evaluated``: that it has passed one.
-    """
-
-    NONE = "none"
-    EVALUATED = "evaluated"
 
 
 class Thresholds(BaseModel):
