@@ -25,6 +25,7 @@ from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.sources.address import AllowList
 from manyhats.api import (
     admin,
+    audit,
     collection,
     drift,
     evaluations,
@@ -71,6 +72,7 @@ logger = logging.getLogger(__name__)
 _UNNAMED = Digest("")
 ROUTES: Final = (
     admin,
+    audit,
     collection,
     drift,
     evaluations,

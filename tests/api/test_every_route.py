@@ -10,6 +10,7 @@ from support.api import Api, settings_of
 
 from manyhats.api import (
     admin,
+    audit,
     collection,
     drift,
     evaluations,
@@ -42,6 +43,7 @@ def make(**settings) -> tuple[Api, dict[Role, str]]:
     """The whole application, two routes whose author thought of nothing, and a key of each role."""
     own = (
         admin,
+        audit,
         collection,
         drift,
         evaluations,
@@ -126,7 +128,7 @@ def test_every_admin_route_is_refused_with_a_lesser_role():
         ("/admin/tenants", Role.ADMIN),
         ("/admin/tenants/{tenant}/keys", Role.ADMIN),
         ("/admin/keys/{key}", Role.ADMIN),
-        ("/admin/audit", Role.ADMIN),
+        ("/admin/audit", Role.OPERATOR),
         ("/admin/gc", Role.ADMIN),
         ("/admin/adapters", Role.OPERATOR),
         ("/admin/adapters/{name}/canary", Role.OPERATOR),

@@ -21,6 +21,9 @@ from manyhats.lifecycle.states import Demands, State
 FORMAT: Final = 2
 """Of the documents that this server writes, and the newest that it reads."""
 
+UNKNOWN: Final = 2**62
+"""After every entry of the log: nothing of it is shown to the name's owner."""
+
 
 @dataclass(frozen=True, slots=True)
 class NameDocument:
@@ -33,20 +36,21 @@ class NameDocument:
     versions: tuple[AdapterRecord, ...] = ()
     route: Route | None = None
     demands: Demands = field(default_factory=Demands)
+    began: int = 0
 
     @property
     def entry(self) -> Entry | None:
         """The name as requests know it; None where no version is left."""
         if self.route is None or not self.versions:
             return None
-        return Entry(self.versions, self.route, self.demands)
+        return Entry(self.versions, self.route, self.demands, self.began)
 
     def holding(self, entry: Entry | None) -> NameDocument:
         """The document with these versions and this route."""
         if entry is None:
             return NameDocument(last_version=self.last_version)
         last = max(self.last_version, entry.versions[-1].ref.version)
-        return NameDocument(FORMAT, last, entry.versions, entry.route, entry.demands)
+        return NameDocument(FORMAT, last, entry.versions, entry.route, entry.demands, entry.began)
 
 
 _DOCUMENT: Final = TypeAdapter(NameDocument)
@@ -74,9 +78,9 @@ def decode(name: str, text: str) -> NameDocument:
 
 
 def _as_written_now(document: NameDocument) -> NameDocument:
-    """Format 1 called every version that was in use ready, whether or not it was evaluated."""
+    """Format 1 called every version in use ready, and did not say since when a name is whose."""
     versions = tuple(
         replace(record, state=State.CHECKED) if record.state is State.READY else record
         for record in document.versions
     )
-    return replace(document, format=FORMAT, versions=versions)
+    return replace(document, format=FORMAT, versions=versions, began=UNKNOWN)

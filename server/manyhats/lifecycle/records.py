@@ -86,11 +86,16 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name: its versions, oldest first, at least one, its route, and what it demands."""
+    """One name: its versions, oldest first, at least one, its route, and what it demands.
+
+    ``began``: the number of the audit log's entry that the name came with; before that it may have
+    been another's.
+    """
 
     versions: tuple[AdapterRecord, ...]
     route: Route
     demands: Demands = field(default_factory=Demands)
+    began: int = 0
 
     @property
     def name(self) -> str:

@@ -145,7 +145,8 @@ class Registry:
             route = routes.registered(before, last + 1, newest, told.promote)
             after = {**record.audited(), "route": route.shown()}
             kept = (*versions, record)
-            added = replace(entry, versions=kept, route=route) if entry else Entry(kept, route)
+            entry = entry or Entry(kept, route, began=self.revision + 1)
+            added = replace(entry, versions=kept, route=route)
             return Change("register", name, added, route_json(before), after)
 
         with self._ledger.lock:

@@ -140,6 +140,14 @@ class AdapterService:
         """The same of a name that is the tenant's own: what a change needs."""
         entry = self._registry.entry(name)
         if entry is None or entry.owner != tenant:
+            plain, version = split_version(name)
+            if version is not None:
+                self.entry(plain, tenant)  # raises where that is none either
+                raise ModelNotFoundError(
+                    f"{name} is a version: give the name alone here ({plain}), and the version "
+                    f"({version}) in its own field",
+                    param="name",
+                )
             raise self._not_found(name, tenant)
         return entry
 
