@@ -39,6 +39,7 @@ from acknowledged import NAMES, Acknowledged, expect
 from server_process import free_port
 from support.redis_server import RedisServer
 from tiny_server import adapters, tiny_model
+from tqdm import tqdm
 
 import manyhats.app
 from manyhats.adapters.store import AdapterStore
@@ -254,7 +255,7 @@ def main() -> None:
             url = server.url
         prepare(home)
         chaos = Chaos(home=home, url=url)
-        for number in range(options.rounds):
+        for number in tqdm(range(options.rounds), unit="kill"):
             try:
                 chaos.round(draw)
             except SystemExit as wrong:

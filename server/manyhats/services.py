@@ -90,6 +90,12 @@ def open_services(
     adapters.collector.leased = partial(_leased, engine)
     adapters.collector.freed = lambda c: metrics.lifecycle.collected(len(c.versions), c.nbytes)
     pins = _pins(settings, registry, adapters, engine)
+
+    def changed() -> None:
+        """Somebody else has written to the registry."""
+        pins.sync()
+        evaluations.tell()
+
     return Services(
         settings=settings,
         adapters=adapters,
@@ -98,7 +104,7 @@ def open_services(
         shadows=Shadows(ShadowDirectory(registry), engine.client, metrics.shadow),
         operations=_operations(settings, adapters, folder / "partial"),
         pins=pins,
-        follower=Follower(registry, pins.sync),
+        follower=Follower(registry, changed),
         drift=_drift(settings, folder / "drift.sqlite", engine, adapters, metrics, evaluations),
     )
 

@@ -72,7 +72,7 @@ def test_a_fetch_goes_on_where_it_ended_unless_the_object_has_changed(server, tm
             fetch(folder, progress=Breaking())
         [part] = folder.glob("*model*.part")
         before = part.stat().st_size
-        assert 2 << 20 < before < len(WEIGHTS)
+        assert 0 < before < len(WEIGHTS)
         if changed:
             server.put("models/adapters/a/adapter_model.safetensors", WEIGHTS[::-1])
         assert fetch(folder)[1] == (WEIGHTS[::-1] if changed else WEIGHTS)

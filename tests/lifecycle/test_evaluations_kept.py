@@ -36,7 +36,11 @@ def server(request, tmp_path):
     def start():
         with open_adapters(tmp_path / "home", redis_url=url) as adapters:
             store = EvaluationStore(adapters.registry)
-            service = EvaluationService(FakeEngine(), adapters.service, store, lambda *_: None)
+            told = {}
+            service = EvaluationService(
+                FakeEngine(), adapters.service, store, lambda name, *rest: told.update({name: rest})
+            )
+            service.told = told
             adapters.service.rollouts.gate = service.objection
             yield adapters, service
 
@@ -77,6 +81,8 @@ def test_a_verdict_is_known_to_the_next_server_and_to_the_other_one(server):
 
 def check(adapters, service, reports) -> None:
     assert [service.shown("a", T, version) for version in (1, 2)] == reports
+    [(values, passed)] = service.told.values()
+    assert (values["general_divergence"], passed) == (8, False)
     settings = service.settings("a", T)
     assert (len(settings.data), settings.require) == (1, Require.EVALUATED)
     assert settings.thresholds == Thresholds(general_divergence=3.0)

@@ -85,6 +85,15 @@ class EvaluationService:
         self._observe = observe
         self._jobs: dict[tuple[TenantId, str, int], _Job] = {}
         self._turn = asyncio.Lock()
+        self._told: dict[str, Verdict] = {}
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell ``observe`` of each name's newest verdict, whichever server gave it, once."""
+        for name, verdict in self._store.verdicts():
+            if self._told.get(name) != verdict:
+                self._told[name] = verdict
+                self._observe(name, verdict.values, verdict.passed)
 
     # -- what a name is asked and judged by
 
@@ -202,7 +211,7 @@ class EvaluationService:
                 failed=tuple(row.described() for row in rows if not row.passed),
             )
             await asyncio.to_thread(self._store.keep, job.ref, job.cause, verdict, report)
-            self._observe(plan.candidate.name, verdict.values, passed)
+            self.tell()
             del self._jobs[key]
             logger.info(
                 "evaluation of %s: %s",

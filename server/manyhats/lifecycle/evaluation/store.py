@@ -6,7 +6,7 @@ So every server of a shared registry has them, a backup too, and a change is in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,13 @@ class EvaluationStore:
         given = {DATA: data, RULES: rules}
         texts = {text_key(name, k): text or None for k, text in given.items() if text is not None}
         return self.settings(self._registry.change_demands(name, cause, update, texts))
+
+    def verdicts(self) -> Iterator[tuple[str, Verdict]]:
+        """The newest verdict of each name that has one."""
+        for entry in self._registry.entries():
+            found = [record.verdict for record in entry.versions if record.verdict]
+            if found:
+                yield entry.name, max(found, key=lambda verdict: verdict.at)
 
     def report(self, name: str, version: int) -> dict[str, Any] | None:
         """A version's last report."""
