@@ -113,7 +113,7 @@ def test_serving_your_own(reader):
     shown = httpx.get(f"{reader.url}/admin/adapters/parrot").json()
     assert shown["route"]["stable"] == 1
     assert shown["route"]["canary"]["version"] == 3
-    assert [v["state"] for v in shown["versions"]] == ["checked", "retired", "checked"]
+    assert [v["state"] for v in shown["versions"]] == ["checked", "retired", "ready"]
 
 
 def test_an_adapter_went_bad(reader):

@@ -115,7 +115,7 @@ def build(settings: Settings) -> Application:
     folder.mkdir(parents=True, exist_ok=True)
     store = open_adapters(settings, base.name)
     tenancy = open_tenancy(settings, settings.registry_file(base.name))
-    registry = open_registry(settings, base.name, tenancy.directory)
+    registry = open_registry(settings, base.name, tenancy.directory, base.spec.digest)
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)

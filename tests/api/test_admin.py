@@ -137,6 +137,8 @@ def test_register_a_folder_show_list_and_delete(server):
     }  # fmt: skip
     assert versions[0] == {
         "version": 1, "state": "checked", "digest": card["digest"], "created": 1234,
+        "base_digest": "", "tenant": "default", "family": "lora", "max_rank": 2,
+        "nbytes": card["nbytes"],
         "by": "default/admin", "source": path, "revision": "", "metadata": {},
     }  # fmt: skip
     assert [v["version"] for v in versions] == [1, 2]

@@ -390,7 +390,7 @@ def test_a_document_holds_all_that_is_kept_of_a_name():
     record = AdapterRecord(
         AdapterRef("a", 2, digest(5), 9, whole), TenantId("t"), "weighted", 4, 10**12, 17, "é",
         State.RETIRED, "alice", "r1", {"k": "v"}, 99,
-        Verdict(5, False, True, {"m": None, "n": 0.1}, ("m undefined",)),
+        Verdict(5, False, True, {"m": None, "n": 0.1}, ("m undefined",)), "f" * 64,
     )  # fmt: skip
     schedule = Schedule((5.0, 100.0), 0.1, 1, 1e9 + 1 / 3, "held")
     for route in (Route(0), Route(2, 0), Route(1, None, Canary(2, 0.3, schedule))):

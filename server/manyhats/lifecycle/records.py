@@ -41,8 +41,9 @@ class AdapterRecord:
 
     ``nbytes`` is the size of its parts, ``created`` in Unix seconds, ``source`` says where it came
     from (a folder, ``upload``), ``actor`` who registered it, ``since`` when it got its state (0:
-    with its registration), ``verdict`` its last evaluation. A field is added at the end, with a
-    default; see ``documents.py``.
+    with its registration), ``verdict`` its last evaluation, ``base_digest`` that of the base's
+    weights when it was registered. A field is added at the end, with a default; see
+    ``documents.py``.
     """
 
     ref: AdapterRef
@@ -58,6 +59,7 @@ class AdapterRecord:
     metadata: Mapping[str, str] = field(default_factory=dict)
     since: int = 0
     verdict: Verdict | None = None
+    base_digest: str = ""
 
     @property
     def retired(self) -> bool:

@@ -42,8 +42,8 @@ class Registry:
     alone. Thread-safe; reads never block on the store.
 
     ``max_versions`` bounds the versions kept in all; ``access`` says who may use what is another
-    tenant's (default: nobody). Raises ConfigError where there is no registry to read (see the
-    stores).
+    tenant's (default: nobody); ``base_digest`` is kept with each version. Raises ConfigError where
+    there is no registry to read (see the stores).
     """
 
     def __init__(
@@ -53,11 +53,13 @@ class Registry:
         max_versions: int,
         clock: Callable[[], float] = time.time,
         access: Access | None = None,
+        base_digest: str = "",
     ) -> None:
         self._store = SqliteRegistryStore(store) if isinstance(store, Path) else store
         self._max_versions = max_versions
         self._clock = clock
         self.access: Access = access or OwnersOnly()
+        self._base_digest = base_digest
         try:
             self._ledger = Ledger(self._store, clock)
         except ServiceError as exc:
@@ -139,6 +141,7 @@ class Registry:
                 actor=told.cause.actor,
                 revision=told.revision,
                 metadata=told.metadata,
+                base_digest=self._base_digest,
             )
             newest = versions[-1].ref.version if versions else BASELINE
             before = entry.route if entry else None

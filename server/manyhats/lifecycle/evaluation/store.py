@@ -70,9 +70,9 @@ class EvaluationStore:
         return self.settings(self._registry.change_demands(name, cause, update, texts))
 
     def verdicts(self) -> Iterator[tuple[str, Verdict]]:
-        """The newest verdict of each name that has one."""
+        """The newest verdict of each name, of one second the newest version's."""
         for entry in self._registry.entries():
-            found = [record.verdict for record in entry.versions if record.verdict]
+            found = [record.verdict for record in reversed(entry.versions) if record.verdict]
             if found:
                 yield entry.name, max(found, key=lambda verdict: verdict.at)
 
