@@ -46,6 +46,7 @@ from manyhats.adapters.store import AdapterStore
 from manyhats.config import Settings
 
 CONTENTS = 4
+READY_S = 600.0
 _KEY = "admin-of-the-load-test"
 
 
@@ -114,7 +115,7 @@ class Chaos(Acknowledged):
             os.waitpid(self.pid, 0)
 
     def wait_ready(self, http: httpx.Client) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + READY_S
         while time.monotonic() < until:
             expect(os.waitpid(self.pid, os.WNOHANG) == (0, 0), "the server ended by itself")
             try:
@@ -123,7 +124,7 @@ class Chaos(Acknowledged):
             except httpx.TransportError:
                 pass  # not listening yet
             time.sleep(0.05)
-        raise SystemExit("the server was not ready in two minutes")
+        raise SystemExit("the server was not ready in time")
 
     def check(self, http: httpx.Client, settings: Settings) -> None:
         """What the kill before has left."""
