@@ -85,6 +85,7 @@ class Chaos(Acknowledged):
             quantization="none",
             dtype="fp32",
             device="cpu",
+            kernels="torch",
             kv_cache_mb=16,
             adapter_root=(self.home / "adapters",),
             keep_deleted_s=0,
