@@ -473,7 +473,7 @@ def test_every_route_needs_the_admin_role(adapters):
         for route in router.routes
         for method in route.methods
     ]
-    assert len(routes) == 18
+    assert len(routes) == 17
     for method, path in routes:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             headers = {} if key is None else {"authorization": f"Bearer {key}"}
