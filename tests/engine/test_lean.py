@@ -11,35 +11,33 @@ import torch
 from manyhats.engine.model.lean import lean_imports
 
 
-def test_what_is_not_needed_is_hidden_while_it_lasts(monkeypatch):
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("scipy", "transformers")]:
+def forget_triton(monkeypatch):
+    for name in [m for m in sys.modules if m.partition(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_is_not_needed_is_hidden_while_it_lasts(cuda, monkeypatch):
+    forget_triton(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     compiler = torch.compile
     with lean_imports():
-        with pytest.raises(ImportError):
-            importlib.import_module("scipy.optimize")
+        assert ("triton" in sys.modules) is not cuda
+        assert sys.modules.get("triton") is None
         assert torch.compile(abs) is abs
     assert torch.compile is compiler
-    assert importlib.util.find_spec("scipy") is not None
-
-
-def test_a_transformers_that_may_have_seen_scipy_keeps_it(monkeypatch):
-    for name in [m for m in sys.modules if m.partition(".")[0] == "scipy"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "transformers", sys)
-    with lean_imports():
-        assert "scipy" not in sys.modules
-        assert importlib.util.find_spec("scipy") is not None
+    assert "triton" not in sys.modules
 
 
 def test_what_is_there_already_stays(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", sys)
+    monkeypatch.setitem(sys.modules, "triton", sys)
     with lean_imports():
-        assert importlib.import_module("scipy") is sys
-    assert sys.modules["scipy"] is sys
+        assert importlib.import_module("triton") is sys
+    assert sys.modules["triton"] is sys
 
 
-def test_it_is_undone_after_an_error():
+def test_it_is_undone_after_an_error(monkeypatch):
+    forget_triton(monkeypatch)
     compiler = torch.compile
 
     def fail():
@@ -49,4 +47,4 @@ def test_it_is_undone_after_an_error():
     with pytest.raises(ValueError):
         fail()
     assert torch.compile is compiler
-    assert None not in (sys.modules.get("scipy", sys), sys.modules.get("triton", sys))
+    assert "triton" not in sys.modules

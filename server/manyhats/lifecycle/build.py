@@ -28,10 +28,11 @@ def open_store(settings: Settings, base_id: str, *, exclusive: bool = True) -> R
     return RedisRegistryStore(settings.redis_url.get_secret_value(), folder)
 
 
-def open_registry(settings: Settings, base_id: str, access: Access) -> Registry:
+def open_registry(settings: Settings, base_id: str, access: Access, base_digest: str) -> Registry:
     """The registry of one base. Raises ConfigError, ServiceError."""
     store = open_store(settings, base_id)
-    return Registry(store, max_versions=settings.max_adapters, access=access)
+    bound = settings.max_adapters
+    return Registry(store, max_versions=bound, access=access, base_digest=base_digest)
 
 
 def open_adapters(settings: Settings, base_id: str) -> AdapterStore:

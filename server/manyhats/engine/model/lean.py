@@ -15,18 +15,14 @@ import torch
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """What is imported meanwhile finds torch.compile switched off and some packages missing.
+    """What is imported meanwhile finds torch.compile switched off and, without a GPU, no Triton.
 
     bitsandbytes has its optimizers, and what it does on other devices, compiled by torch, for which
-    torch imports all of its compiler. transformers' losses take SciPy's optimizers. torch asks for
-    Triton, which is for GPUs alone. All three libraries do without when it is not there; what has
-    been imported already, stays.
+    torch imports all of its compiler. torch asks for Triton, which is for GPUs alone. Both do
+    without when it is not there; what has been imported already, stays.
     """
     modules: dict[str, Any] = sys.modules
-    unneeded = [] if torch.cuda.is_available() else ["triton"]
-    if "transformers" not in modules:  # else it may have seen SciPy already, and counts on it
-        unneeded.append("scipy")
-    hidden = [name for name in unneeded if name not in modules]
+    hidden = [] if torch.cuda.is_available() or "triton" in modules else ["triton"]
     compiler = torch.compile
     vars(torch)["compile"] = partial(compiler, disable=True)  # its own switch
     modules.update(dict.fromkeys(hidden))  # None: not to be found (Python's import system)
