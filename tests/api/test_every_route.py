@@ -103,7 +103,7 @@ def test_every_admin_route_is_refused_with_a_lesser_role():
         ("/admin/tenants", Role.ADMIN),
         ("/admin/tenants/{tenant}/keys", Role.ADMIN),
         ("/admin/keys/{key}", Role.ADMIN),
-        ("/admin/audit", Role.ADMIN),
+        ("/admin/audit", Role.OPERATOR),
         ("/admin/gc", Role.ADMIN),
         ("/admin/adapters", Role.OPERATOR),
         ("/admin/adapters/{name}/canary", Role.OPERATOR),

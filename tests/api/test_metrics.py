@@ -40,6 +40,8 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.refused("acme", "max_tokens")
     metrics.shadow.ran("pirate", 3, 0.5, 0.75, 1.25)
     metrics.lifecycle.evaluated("pirate", {"general_divergence": 0.5}, True)
+    metrics.lifecycle.occupied("pirate", 5)
+    metrics.lifecycle.sized({"pirate": 1000})
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
     metrics.drift.scored("pirate", "kl", 0.5)

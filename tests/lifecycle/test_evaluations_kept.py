@@ -21,6 +21,7 @@ from manyhats.types import DEFAULT_TENANT as T
 from manyhats.types import TenantId
 
 WHY = Cause("alice", "because")
+BOUNDS = Thresholds(general_divergence=3.0, calibration_error=None)  # what the fake engine passes
 DATA = '{"prompt": "p", "completion": "é"}'
 
 
@@ -69,7 +70,7 @@ def test_a_verdict_is_known_to_the_next_server_and_to_the_other_one(server):
         register(adapters, 0)
         register(adapters, 1)
         service.configure("a", T, WHY, data=DATA, require=Require.EVALUATED)
-        service.configure("a", T, WHY, thresholds=Thresholds(general_divergence=3.0))
+        service.configure("a", T, WHY, thresholds=BOUNDS)
         reports = [evaluate(service, version) for version in (1, 2)]
         assert [found["state"] for found in reports] == ["ready", "rejected"]
         if server.shared:
@@ -85,7 +86,7 @@ def check(adapters, service, reports) -> None:
     assert (values["general_divergence"], passed) == (8, False)
     settings = service.settings("a", T)
     assert (len(settings.data), settings.require) == (1, Require.EVALUATED)
-    assert settings.thresholds == Thresholds(general_divergence=3.0)
+    assert settings.thresholds == BOUNDS
     assert service.objection("a", T, 1) is None
     assert "own_perplexity_to_base 4915 (at most 1.05)" in service.objection("a", T, 2)
     with pytest.raises(ConflictError, match="a@2 has failed its evaluation"):
@@ -118,6 +119,7 @@ def test_a_state_outlives_retirement_and_goes_with_its_version(server):
         register(adapters, 0)
         register(adapters, 1)
         register(adapters, 2)
+        service.configure("a", T, WHY, thresholds=BOUNDS)
         evaluate(service, 1)
         assert registry.entry("a").get(1).state is State.EVALUATED
         service.configure("a", T, WHY, require=Require.READY)
