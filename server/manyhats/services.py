@@ -134,7 +134,7 @@ def _drift(
     """Drift detection, unless it is switched off."""
     if not settings.drift:
         return None
-    return open_drift(
+    drift = open_drift(
         settings,
         path,
         names=adapters,
@@ -145,6 +145,8 @@ def _drift(
         longest=engine.client.max_compared_tokens,
         evaluations=evaluations,
     )
+    evaluations.scored = drift.evaluated.take
+    return drift
 
 
 async def _compare(

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from manyhats.config import Settings
 from manyhats.drift.actions import Actor
 from manyhats.drift.archive import Archive
+from manyhats.drift.evaluated import EvaluationReferences
 from manyhats.drift.monitor import DriftMonitor, Names, Options
 from manyhats.drift.rescoring import Compare, Rescorer
 from manyhats.drift.revalidation import Evaluations, Owned, Revalidation
@@ -42,6 +43,7 @@ class Drift:
 
     monitor: DriftMonitor
     validations: Validations
+    evaluated: EvaluationReferences
     rescorer: Rescorer | None
     revalidation: Revalidation | None
     close: Callable[[], None]
@@ -75,17 +77,14 @@ def open_drift(
     ``compare`` scores at most ``longest`` tokens again. Raises ConfigError and ServiceError.
     """
     webhook = _webhook(settings, metrics)
-    store: DriftStore
-    if settings.redis_url is None:
-        store, replica = SqliteDriftStore(path), "here"
-    else:
-        store, replica = RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
+    store, replica = _store(settings, path)
+    archive = Archive(store, replica, clock)
     actor = Actor(rollouts, store, metrics, webhook.send if webhook else None, clock)
     validations = Validations(store, clock)
     monitor = DriftMonitor(
         names,
         actor,
-        Archive(store, replica),
+        archive,
         validations,
         metrics,
         options_of(settings),
@@ -106,7 +105,8 @@ def open_drift(
     again = None
     if evaluations is not None:
         again = Revalidation(evaluations, names, actor, validations, clock)
-    return Drift(monitor, validations, rescorer, again, close)
+    evaluated = EvaluationReferences(archive, names, decode)
+    return Drift(monitor, validations, evaluated, rescorer, again, close)
 
 
 def options_of(settings: Settings) -> Options:
@@ -127,6 +127,13 @@ def options_of(settings: Settings) -> Options:
         canary_share=settings.drift_canary_share,
         alpha=settings.drift_alpha,
     )
+
+
+def _store(settings: Settings, path: Path) -> tuple[DriftStore, str | None]:
+    """(the store, this server's id in it where others share it)."""
+    if settings.redis_url is None:
+        return SqliteDriftStore(path), None
+    return RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
 
 
 def _webhook(settings: Settings, metrics: DriftMetrics) -> Webhook | None:

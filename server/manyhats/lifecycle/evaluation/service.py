@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -32,7 +32,7 @@ from manyhats.lifecycle.evaluation.probes import (
     read_rules,
     tokens_of,
 )
-from manyhats.lifecycle.evaluation.run import Plan, Progress, measure
+from manyhats.lifecycle.evaluation.run import Plan, Progress, ScoredPair, measure
 from manyhats.lifecycle.evaluation.store import EvaluationSettings, EvaluationStore
 from manyhats.lifecycle.records import Entry, Registration
 from manyhats.lifecycle.routes import BASELINE
@@ -53,6 +53,10 @@ class Names(Protocol):
 
 Observe = Callable[[str, Mapping[str, float | None], bool], None]
 """Told of a finished evaluation: adapter, value by measure, whether it passed."""
+
+
+Scored = Callable[[Plan, Sequence[ScoredPair]], None]
+"""Told of a finished evaluation's own pairs; may block, and raise ManyhatsError."""
 
 
 @dataclass(slots=True)
@@ -79,6 +83,7 @@ class EvaluationService:
         self._names = names
         self._store = store
         self._observe = observe
+        self.scored: Scored | None = None
         self._jobs: dict[tuple[TenantId, str, int], _Job] = {}
         self._turn = asyncio.Lock()
 
@@ -193,6 +198,8 @@ class EvaluationService:
             }
             await asyncio.to_thread(self._store.keep_report, *key, report)
             self._observe(plan.candidate.name, {r.measure: r.value for r in rows}, passed)
+            if self.scored is not None:
+                await asyncio.to_thread(self.scored, plan, measured.pairs)
             del self._jobs[key]
             logger.info(
                 "evaluation of %s: %s", plan.candidate, "passed" if passed else _failed(rows)
