@@ -43,9 +43,10 @@ from manyhats.types import (
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER, OTHER = "pirate", "legal"
 TOKENS = 24
-STEPS = 120
+STEPS = 40
 NOISE = (0.5, 1, 2, 4)
 HEALTHY_SHARE = 4
+AT_ONCE = 16
 
 Signals = dict[str, Any]
 
@@ -69,6 +70,8 @@ def names() -> list[str]:
 def adapter_of(name: str, model: Path, target: Path) -> Path:
     """A condition's adapter folder, made at ``target`` where it is a faulty one."""
     source = ROOT / "examples/adapters" / ADAPTER
+    if target.is_dir():
+        return target
     if name.startswith("noise-"):
         return noisy(source, target, float(name.removeprefix("noise-")))
     if name == "trained-too-long":
@@ -117,8 +120,8 @@ async def answer(app: Application, ref: AdapterRef, text: str, seed: int) -> Sig
 async def record(
     app: Application, ref: AdapterRef, texts: list[str], count: int, seed: int
 ) -> list[Signals]:
-    """Signals of ``count`` requests, eight at a time."""
-    rng, room = random.Random(seed), asyncio.Semaphore(8)
+    """Signals of ``count`` requests, sixteen at a time."""
+    rng, room = random.Random(seed), asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> Signals:
         async with room:
@@ -127,28 +130,25 @@ async def record(
     return await asyncio.gather(*(one(i) for i in range(count)))
 
 
-async def run(
-    app: Application, chosen: list[str], folder: Path, count: int
-) -> dict[str, list[Signals]]:
-    """Every chosen condition in turn."""
-    found = {}
+async def run(app: Application, chosen: list[str], folder: Path, count: int, out: Path) -> None:
+    """Every chosen condition in turn, each added to ``out`` as it ends."""
     usual, strange = prompts()
-    model = Path(app.settings.model)
     app.engine.loop.start()
     try:
         for number, name in enumerate(names(), 1):
             if name not in chosen:
                 continue
-            source = adapter_of(name, model, folder / name)
+            source = adapter_of(name, Path(app.settings.model), folder / name)
             card = app.adapters.register_folder(name, str(source), tenant=DEFAULT_TENANT)
             size = HEALTHY_SHARE * count if name == "healthy" else count
             begun = time.perf_counter()
             texts = strange if name == "other-domain" else usual
-            found[name] = await record(app, card.ref, texts, size, number)
+            found = await record(app, card.ref, texts, size, number)
             print(f"{name}: {size} requests in {time.perf_counter() - begun:.0f} s", flush=True)
+            before = json.loads(out.read_text()) if out.exists() else {}
+            out.write_text(json.dumps({**before, name: found}))
     finally:
         app.engine.loop.stop()
-    return found
 
 
 def main() -> None:
@@ -158,26 +158,32 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder; default the server's own model")
     parser.add_argument("--requests", type=int, default=200, help="of each; healthy: four times")
     parser.add_argument("--only", default=",".join(names()), help=", ".join(names()))
+    parser.add_argument("--made", type=Path, help="keeps the faulty adapters between runs")
+    parser.add_argument("--make", action="store_true", help="make them and end")
     given = parser.parse_args()
     usual = Settings().home
     model = given.model or ensure_default_model(usual)
+    chosen = given.only.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        made = given.made or folder / "made"
+        if given.make:
+            for name in chosen:
+                adapter_of(name, model, made / name)
+            return
         home = folder / "home"
         home.mkdir()
         for kept in ("quantized", "kernels"):  # made at a first start: not again
             if (usual / kept).is_dir():
                 (home / kept).symlink_to(usual / kept)
-        roots = (folder, ROOT / "examples/adapters")
+        roots = (made, ROOT / "examples/adapters")
         settings = Settings(home=home, model=str(model), adapter_root=roots, parity_probe=False)
         app = build(settings)
         try:
-            found = asyncio.run(run(app, given.only.split(","), folder, given.requests))
+            asyncio.run(run(app, chosen, made, given.requests, given.out))
         finally:
             for close in app.closing:
                 close()
-    kept_before = json.loads(given.out.read_text()) if given.out.exists() else {}
-    given.out.write_text(json.dumps({**kept_before, **found}))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _drift(
         longest=engine.client.max_compared_tokens,
         evaluations=evaluations,
     )
-    evaluations.scored = drift.evaluated.take
+    evaluations.ended = drift.evaluated
     return drift
 
 

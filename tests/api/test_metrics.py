@@ -47,6 +47,7 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.lifecycle.evaluated("pirate", {"general_divergence": 0.5}, True)
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
+    metrics.watch_device(lambda: (3 << 30, 8 << 30))
     metrics.drift.scored("pirate", "kl", 0.5)
     metrics.drift.compared("pirate", "kl", psi=0.1, ks=0.2)
     metrics.drift.e_value("pirate", "kl", 1.0)
@@ -96,6 +97,7 @@ def test_the_snapshot_and_the_gateways_gauges():
         "manyhats_kv_blocks_used": 25, "manyhats_slots": 8, "manyhats_slots_used": 2,
         "manyhats_rows": 128, "manyhats_rows_used": 32, "manyhats_host_bytes": 5000,
         "manyhats_host_bytes_used": 1000, "manyhats_leases": 2, "manyhats_steps_total": 11,
+        "manyhats_device_memory_bytes": 8 << 30, "manyhats_device_memory_used_bytes": 3 << 30,
         "manyhats_failed_steps_total": 1, 'manyhats_adapter_leases{adapter="pirate"}': 2,
         'manyhats_adapter_leases{adapter="haiku"}': 0, "vllm:num_requests_running": 3,
         "vllm:num_requests_waiting": 4, "vllm:kv_cache_usage_perc": 0.25,

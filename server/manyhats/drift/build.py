@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from manyhats.config import Settings
 from manyhats.drift.actions import Actor
@@ -25,6 +25,7 @@ from manyhats.drift.validation import Validations
 from manyhats.drift.watch import Sizes
 from manyhats.drift.webhook import Webhook
 from manyhats.errors import ConfigError
+from manyhats.lifecycle.evaluation.run import Plan, ScoredPair
 from manyhats.lifecycle.rollouts import Rollouts
 from manyhats.metrics import DriftMetrics
 
@@ -43,10 +44,20 @@ class Drift:
 
     monitor: DriftMonitor
     validations: Validations
-    evaluated: EvaluationReferences
+    references: EvaluationReferences
     rescorer: Rescorer | None
     revalidation: Revalidation | None
     close: Callable[[], None]
+
+    def evaluated(self, plan: Plan, pairs: Sequence[ScoredPair], report: Mapping[str, Any]) -> None:
+        """An evaluation has ended: its pairs are a reference, its outcome one of the series.
+
+        Blocks; raises ManyhatsError.
+        """
+        self.references.take(plan, pairs)
+        if self.revalidation is not None:
+            ref = plan.candidate
+            self.revalidation.evaluated(ref.name, plan.tenant, ref.version, report)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -105,8 +116,8 @@ def open_drift(
     again = None
     if evaluations is not None:
         again = Revalidation(evaluations, names, actor, validations, clock)
-    evaluated = EvaluationReferences(archive, names, decode)
-    return Drift(monitor, validations, evaluated, rescorer, again, close)
+    references = EvaluationReferences(archive, names, decode)
+    return Drift(monitor, validations, references, rescorer, again, close)
 
 
 def options_of(settings: Settings) -> Options:

@@ -138,6 +138,10 @@ class Metrics:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
 
+    def watch_device(self, memory: Callable[[], tuple[int, int]]) -> None:
+        """From now on every scrape reads (bytes in use, bytes in all) of the device's memory."""
+        self._server.device = memory
+
     def watch_server(
         self, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
     ) -> None:

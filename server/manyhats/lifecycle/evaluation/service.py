@@ -55,8 +55,10 @@ Observe = Callable[[str, Mapping[str, float | None], bool], None]
 """Told of a finished evaluation: adapter, value by measure, whether it passed."""
 
 
-Scored = Callable[[Plan, Sequence[ScoredPair]], None]
-"""Told of a finished evaluation's own pairs; may block, and raise ManyhatsError."""
+Ended = Callable[[Plan, Sequence[ScoredPair], Mapping[str, Any]], None]
+"""Told of a finished evaluation: what it was of, the name's own pairs, its report. May block, and
+raise ManyhatsError.
+"""
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ class EvaluationService:
         self._names = names
         self._store = store
         self._observe = observe
-        self.scored: Scored | None = None
+        self.ended: Ended | None = None
         self._jobs: dict[tuple[TenantId, str, int], _Job] = {}
         self._turn = asyncio.Lock()
 
@@ -198,8 +200,8 @@ class EvaluationService:
             }
             await asyncio.to_thread(self._store.keep_report, *key, report)
             self._observe(plan.candidate.name, {r.measure: r.value for r in rows}, passed)
-            if self.scored is not None:
-                await asyncio.to_thread(self.scored, plan, measured.pairs)
+            if self.ended is not None:
+                await asyncio.to_thread(self.ended, plan, measured.pairs, report)
             del self._jobs[key]
             logger.info(
                 "evaluation of %s: %s", plan.candidate, "passed" if passed else _failed(rows)
