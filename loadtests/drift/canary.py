@@ -98,7 +98,7 @@ class Run:
         """Version 2 on its way up, under a policy, until it is held or gone."""
         await self.admin("PUT", "/drift/policy", action=action, signals=QUALITY, cool_down_s=0.0)
         before, begun = self.served.copy(), time.perf_counter()
-        schedule = {"steps": [2, 10, 50, 100], "step_s": 1800}
+        schedule = {"steps": [3, 10, 50, 100], "step_s": 1800}
         await self.admin("POST", "/canary", version=2, schedule=schedule, reason="a new version")
         while True:
             seen = await self.admin("GET", "/drift")
@@ -183,7 +183,7 @@ async def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     server = ServerProcess(flags, work / "server.log")
     try:
         await server.wait_ready()
-        async with httpx.AsyncClient(base_url=server.base_url, timeout=120) as http:
+        async with httpx.AsyncClient(base_url=server.base_url, timeout=600) as http:
             return await experiment(Run(http, args.tokens, prompts()[0]), bad, args.most)
     finally:
         server.stop()

@@ -6,7 +6,9 @@ One server watches (``--drift-share`` as it is by default), the other was starte
 ``--no-drift``. Every round loads each of them once, in turns (the order changes from round to
 round), with the same cell of requests to demo adapters; the idle one costs nothing. What counts is
 the ratio of a round's pair: medians of the ratios are printed, with their spread and with how many
-requests were scored again, or dropped because the engine was busy. Rows are added to ``--out``.
+requests were scored again, or dropped because the engine was busy. ``cpu_ms_per_request`` is the
+server's own CPU time, rescoring included, which a busy machine blurs least. Rows are added to
+``--out``. At 2 % a short run samples few: ``--server-flag=--drift-share=1`` shows the price of one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -38,7 +41,9 @@ from manyhats.engine.model.default import ensure_default_model  # noqa: E402
 
 ADAPTERS = ("pirate", "robot", "legal", "bullets")
 ON, OFF = "drift", "no-drift"
-FIGURES = ("output_tok_s", "itl_p50_ms", "itl_p99_ms", "ttft_p50_ms", "ttft_p99_ms")
+TIMES = ("output_tok_s", "itl_p50_ms", "itl_p99_ms", "ttft_p50_ms", "ttft_p99_ms")
+FIGURES = (*TIMES, "cpu_ms_per_request")
+SETTLED_S = 0.5
 
 Row = dict[str, str | int | float]
 
@@ -68,7 +73,7 @@ async def started(
 
 def samples(server: ServerProcess) -> dict[str, float]:
     """The counters of drift detection, summed over the adapters."""
-    text = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    text = httpx.get(f"{server.base_url}/metrics", timeout=60).text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -76,6 +81,29 @@ def samples(server: ServerProcess) -> dict[str, float]:
                 kind = sample.labels.get("kind") or "dropped"
                 found[kind] = found.get(kind, 0) + sample.value
     return found
+
+
+async def settled(server: ServerProcess) -> dict[str, float]:
+    """``samples`` once nothing more comes: what was sampled last is scored after the answers."""
+    seen = samples(server)
+    while True:
+        await asyncio.sleep(SETTLED_S)
+        now = samples(server)
+        if now == seen and server_idle(server):
+            return now
+        seen = now
+
+
+def server_idle(server: ServerProcess) -> bool:
+    """Whether the engine computes nothing, by its own counter of steps."""
+
+    def steps() -> str:
+        lines = httpx.get(f"{server.base_url}/metrics", timeout=60).text.splitlines()
+        return next(line for line in lines if line.startswith("manyhats_steps_total"))
+
+    before = steps()
+    time.sleep(SETTLED_S / 5)
+    return steps() == before
 
 
 async def rounds(args: argparse.Namespace, work: Path) -> list[Row]:
@@ -97,13 +125,16 @@ async def rounds(args: argparse.Namespace, work: Path) -> list[Row]:
             await run_cell(replace(at, output_tokens=8), full)
         for number in range(1, args.rounds + 1):
             for name in (ON, OFF) if number % 2 else (OFF, ON):
-                before = samples(servers[name])
+                before, spent = samples(servers[name]), servers[name].cpu_s()
                 label = f"{name} round {number} seed {args.seed}"  # no prompt twice
                 cell = Cell(count, args.requests, ADAPTERS, len(ADAPTERS), label=label)
                 summary = await run_cell(replace(load, base_url=servers[name].base_url), cell)
-                told = {k: v - before.get(k, 0) for k, v in samples(servers[name]).items()}
+                now = await settled(servers[name])
+                spent = servers[name].cpu_s() - spent
+                told = {k: v - before.get(k, 0) for k, v in now.items()}
                 row: Row = {"round": number, "server": name, "errors": summary.errors}
-                row |= {key: round(getattr(summary, key), 3) for key in FIGURES}
+                row |= {key: round(getattr(summary, key), 3) for key in TIMES}
+                row["cpu_ms_per_request"] = round(1000 * spent / args.requests, 2)
                 row |= {k: int(told.get(k, 0)) for k in ("finished", "rescored", "dropped")}
                 made.append(row)
                 print(row, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from demo_training import padded, read_examples  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-PAIRS, BATCH, RATE, SEED = 8, 4, 4e-3, 3
+PAIRS, BATCH, RATE, SEED = 4, 2, 4e-3, 3
 
 
 def overtrained(model: Path, source: Path, data: Path, target: Path, steps: int) -> Path:

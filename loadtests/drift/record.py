@@ -43,7 +43,7 @@ from manyhats.types import (
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER, OTHER = "pirate", "legal"
 TOKENS = 24
-STEPS = 40
+STEPS = 24
 NOISE = (0.5, 1, 2, 4)
 HEALTHY_SHARE = 4
 AT_ONCE = 16

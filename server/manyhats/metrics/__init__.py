@@ -157,7 +157,8 @@ class Metrics:
         accepts it, as Prometheus does; else Prometheus' text format.
         """
         if OPENMETRICS in accept:
-            return openmetrics.generate_latest(self.registry), openmetrics.CONTENT_TYPE_LATEST
+            text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            return text, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self.registry), CONTENT_TYPE
 
     def http(self, route: str, method: str, status: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from datasketches import frequent_items_error_type, frequent_strings_sketch
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
@@ -36,8 +35,8 @@ class LabelCap:
     and eight more (so that two alike do not change places for ever). ``dropped`` is told of the
     label that is gone, whose series are to be removed: one that ends is no reset to a rate.
 
-    Traffic is counted in two frequent-items sketches of Apache DataSketches, this epoch's and the
-    last one's, so memory does not grow with the names. Thread-safe. An adapter that is itself
+    Traffic is counted in two frequent-items sketches, this epoch's and the last one's, so memory
+    does not grow with the names. Thread-safe. An adapter that is itself
     called ``base`` or ``other`` gets ``adapter:base`` or ``adapter:other``.
     """
 
@@ -54,8 +53,7 @@ class LabelCap:
         self._labels: dict[str, str] = {}
         self._lock = threading.Lock()
         self._seen = 0
-        self._lg = max(8, (8 * max_labels).bit_length())
-        self._now, self._before = self._sketch(), self._sketch()
+        self._now, self._before = _Frequent(8 * max_labels), _Frequent(8 * max_labels)
         self._epoch_ends = clock() + EPOCH_S
 
     def label(self, name: str | None) -> str:
@@ -76,12 +74,12 @@ class LabelCap:
             return
         gone: list[str] = []
         with self._lock:
-            self._now.update(name)
+            self._now.add(name)
             self._seen += 1
             if self._seen % LOOK == 0 and len(self._labels) >= self._max:
                 gone = self._change()
             if self._clock() >= self._epoch_ends:
-                self._before, self._now = self._now, self._sketch()
+                self._before, self._now = self._now, _Frequent(8 * self._max)
                 self._epoch_ends = self._clock() + EPOCH_S
         for label in gone:
             if self._dropped is not None:
@@ -89,9 +87,8 @@ class LabelCap:
 
     def _change(self) -> list[str]:
         """Give labels to who is much busier than who has them; the labels that went."""
-        lower = frequent_items_error_type.NO_FALSE_NEGATIVES
-        found = {i[0] for s in (self._now, self._before) for i in s.get_frequent_items(lower)}
-        outside = sorted(found - set(self._labels), key=self._traffic, reverse=True)
+        found = self._now.counts.keys() | self._before.counts.keys()
+        outside = sorted(found - self._labels.keys(), key=self._traffic, reverse=True)
         inside = sorted(self._labels, key=self._traffic)
         gone = []
         for newcomer, leaver in zip(outside, inside, strict=False):
@@ -101,11 +98,32 @@ class LabelCap:
             self._labels[newcomer] = _named(newcomer)
         return gone
 
-    def _sketch(self) -> Any:
-        return frequent_strings_sketch(self._lg)
-
     def _traffic(self, name: str) -> int:
-        return int(self._now.get_estimate(name) + self._before.get_estimate(name))
+        return self._now.at_least(name) + self._before.at_least(name)
+
+
+class _Frequent:
+    """The most frequent of many names: Space-Saving (Metwally, Agrawal and El Abbadi 2005) with
+    ``size`` counters. Where all are taken, a new name takes the least one's and remembers what of
+    it is not its own. Not DataSketches': nanobind complains of its objects when the process ends.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.counts: dict[str, int] = {}
+        self._others: dict[str, int] = {}
+
+    def add(self, name: str) -> None:
+        """Once more."""
+        if name not in self.counts and len(self.counts) >= self._size:
+            least = min(self.counts, key=self.counts.__getitem__)
+            self._others.pop(least, None)
+            self.counts[name] = self._others[name] = self.counts.pop(least)
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def at_least(self, name: str) -> int:
+        """How often it surely came."""
+        return self.counts.get(name, 0) - self._others.get(name, 0)
 
 
 def _named(name: str) -> str:
