@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.groups import MatrixGroup, SiteGroup
+from manyhats_kernels.stack_parts import LayerParts, StackParts
 
 MAX_HEAD_DIM = 256
 
@@ -71,6 +72,7 @@ class LayerStack:
                 f"multiple of {kv_heads}"
             )
         widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        self._widths = widths
         fields: list[int] = []
         for number, layer in enumerate(self.layers):
             self._check(number, layer, widths)
@@ -84,6 +86,18 @@ class LayerStack:
         sizes = (self.hidden, heads, kv_heads, head_dim, self.inner, self.block_size)
         self.shape = (ctypes.c_int64 * 7)(*sizes, len(self.layers))
         self.descriptor = (ctypes.c_int64 * len(fields))(*fields)
+
+    def parts(self, layers: Sequence[LayerParts]) -> StackParts:
+        """What adapters do beside low-rank products in each of the layers.
+
+        Raises ValueError, naming what is wrong, where it does not fit.
+        """
+        if len(layers) != len(self.layers):
+            raise ValueError(f"parts of {len(layers)} layers, the stack has {len(self.layers)}")
+        hidden, inner, (q, k, v) = self.hidden, self.inner, self._widths
+        linear = [(hidden, q), (hidden, k), (hidden, v), (q, hidden)]
+        linear += [(hidden, inner), (hidden, inner), (inner, hidden)]
+        return StackParts(layers, linear, self.num_slots)
 
     def _check(self, number: int, layer: StackLayer, widths: tuple[int, int, int]) -> None:
         hidden, inner, dim = self.hidden, self.inner, self.head_dim
@@ -169,14 +183,16 @@ class StackRunner(Protocol):
         sin: Tensor,
         attention: AttentionBatch,
         adapters: AdapterBatch,
+        parts: StackParts | None = None,
     ) -> None:
         """The residual stream ``hidden`` [T, hidden], bf16, goes through the layers, in place.
 
         ``cos`` and ``sin`` are [T, head_dim], as transformers' rotary embedding gives them for the
-        tokens' positions. Keys and values go to the caches. Every operation and every rounding is
-        that of the backend's single calls, so the bits are too. The model's last norm is not in it.
-        Raises ValueError on arguments that do not fit and where a worn slot's rank rows lie outside
-        of their pool.
+        tokens' positions. ``parts``: what the worn adapters do beside low-rank products, None where
+        they do nothing else. Keys and values go to the caches. Every operation and every rounding
+        is that of the backend's single calls, so the bits are too. The model's last norm is not in
+        it. Raises ValueError on arguments that do not fit and where a worn slot's rank rows lie
+        outside of their pool.
         """
 
 

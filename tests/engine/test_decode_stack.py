@@ -20,11 +20,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from manyhats.adapters.parts import CompiledAdapter, SiteParts
 from manyhats.config import Settings
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import load_base
 from manyhats.engine.runner import forward
 from manyhats.engine.stack import DecodeStack, agrees
+from manyhats.types import Digest
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -118,17 +120,89 @@ def test_without_adapter_layers(tmp_path):
     ]
 
 
-def test_other_parts_go_through_the_modules(tmp_path):
-    """A step takes the stack only while every adapter worn in it has rank rows alone."""
-    base = base_of(CONFIGS["llama"], tmp_path)
-    kinds = ["low_rank", "everything"]
-    adapters = [random_adapter(kind, base.spec, dtype=base.dtype) for kind in kinds]
-    worn = ["low_rank", "everything", None, "low_rank"]
+def own_inputs(spec, dtype):
+    """Factors of the inputs that no two linear layers share, as IA3 has them, and of outputs."""
+
+    def parts(site):
+        ends = site.name.rsplit(".", 1)[-1]
+        if ends in ("o_proj", "down_proj"):
+            return SiteParts(input_scale=(torch.rand(site.in_features) * 2).to(dtype))
+        if ends in ("k_proj", "up_proj"):
+            return SiteParts(output_scale=(torch.rand(site.out_features) * 2).to(dtype))
+        return None
+
+    torch.manual_seed(3)
+    made = {name: own for name, site in spec.sites.items() if (own := parts(site)) is not None}
+    return CompiledAdapter(Digest("9" * 64), "own inputs", made)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("low_rank", "bias", "output_scale"),
+        ("gain", "norm bias", "own inputs"),
+        ("parallel", "of_output", "low_rank"),
+        ("alone", "stack", "gated"),
+        ("soft prompt", "prefix", "embedding rows"),
+        ("head rows", "head low_rank", "gated"),
+    ],
+    ids=",".join,
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_other_parts_are_in_the_stack_too(name, kinds, tmp_path):
+    base = base_of(CONFIGS[name], tmp_path)
+    adapters = [
+        own_inputs(base.spec, base.dtype)
+        if kind == "own inputs"
+        else random_adapter(kind, base.spec, dtype=base.dtype)
+        for kind in kinds
+    ]
+    worn = [kinds[0], None, *kinds[1:]]
     wanted, _ = generate(base, adapters, worn, layer_stack=False)
     outputs, ran = generate(base, adapters, worn, layer_stack=True)
     assert outputs == wanted
-    # `everything` ends after 4 tokens; the others have 9, 12 and 7.
+    assert set(ran) >= {1, 2, 3, 4}
+    plain, _ = generate(base, adapters, [None] * 4, layer_stack=True)
+    assert [plain[i] == outputs[i] for i in range(4)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["everything", "dense", "input_scale", "fusion"])
+def test_what_is_not_in_the_stack_goes_through_the_modules(kind, tmp_path):
+    """A step takes the stack only while no adapter worn in it does what a stack leaves out."""
+    base = base_of(CONFIGS["llama"], tmp_path)
+    adapters = [random_adapter(k, base.spec, dtype=base.dtype) for k in ("low_rank", kind)]
+    worn = ["low_rank", kind, None, "low_rank"]
+    wanted, _ = generate(base, adapters, worn, layer_stack=False)
+    outputs, ran = generate(base, adapters, worn, layer_stack=True)
+    assert outputs == wanted
+    # the second ends after 4 tokens; the others have 9, 12 and 7.
     assert max(ran) == 3
+
+
+def test_gains_of_heads_go_through_the_modules(tmp_path):
+    base = base_of(CONFIGS["qwen3"], tmp_path)
+    adapters = [random_adapter("gain", base.spec, dtype=base.dtype)]
+    worn = [None, "gain", None, None]
+    wanted, _ = generate(base, adapters, worn, layer_stack=False)
+    outputs, ran = generate(base, adapters, worn, layer_stack=True)
+    assert outputs == wanted
+    assert max(ran) == 3
+
+
+def test_an_adapter_that_comes_later_is_seen(tmp_path):
+    """Its vectors' pools come into being after the stack has looked at them."""
+    base = base_of(CONFIGS["llama"], tmp_path)
+    adapters = [random_adapter(k, base.spec, dtype=base.dtype) for k in ("bias", "gain", "gated")]
+    outputs = {}
+    for layer_stack in (False, True):
+        with engine_of(base, adapters, layer_stack=layer_stack) as engine:
+            sampling = params(5, ignore_eos=True, logprobs=2)
+            made = [
+                engine.generate(PROMPTS[: n + 1], sampling, [a.family for a in adapters[: n + 1]])
+                for n in range(3)
+            ]
+        outputs[layer_stack] = [[(o.token_ids, o.logprobs) for o in batch] for batch in made]
+    assert outputs[True] == outputs[False]
 
 
 @pytest.mark.parametrize(

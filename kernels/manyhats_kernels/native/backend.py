@@ -39,7 +39,7 @@ DOTS_ROWS = 64
 
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
-    "mh_lora_add": (_L, [_I, _I, _P, _L, _P, _L, _L, _P, _P, _P, _L]),
+    "mh_lora_add": (_L, [_I, _I, _I, _P, _L, _P, _L, _L, _P, _P, _P, _L]),
     "mh_bias_add": (None, [_I, _I, _P, _L, _P, _L, _L, _P, _P, _L]),
     "mh_store_kv": (None, [_L, _I, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L, _L, _L, _L]),
     "mh_attention": (
@@ -114,6 +114,7 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
         order, slots, offsets = batch.pointers
         failed = self._lora_add(
             DTYPE_CODES[x.dtype],
+            self._amx,
             torch.get_num_threads(),
             fields,
             len(ys),

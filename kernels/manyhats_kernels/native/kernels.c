@@ -14,6 +14,7 @@
 #define LORA_COLUMNS 256 /* columns of B that one item takes, likewise */
 #define LORA_MANY 32     /* this many items a thread: fewer are cut smaller, so that none waits long */
 #define LORA_SERIAL 49152 /* multiplications below which waking the other threads costs more than it saves */
+#define LORA_TILES_SERIAL 262144 /* likewise on AMX tiles: bytes of weights, and elements of y */
 #define ATTN_ROWS 16     /* query rows (token x head of the group) that one item takes */
 #define ATTN_CHUNK 256   /* positions that one item takes */
 #define ATTN_DIM 256     /* the largest head size */
@@ -34,8 +35,11 @@ typedef struct {
     int64_t begin, tokens;  /* place in order */
     int64_t start, count;   /* rank rows */
     int64_t scratch;        /* where its shrunk rows [tokens, count] begin */
+    int64_t packed, halves; /* where its packed tokens and the halves of its shrunk rows begin */
     int64_t shrink_first, expand_first; /* number of its first work items */
 } lora_segment;
+
+typedef struct { const lora_segment *segment; int64_t token; } lora_pack_item; /* sixteen tokens from `token` on */
 
 typedef struct {
     const void *x;
@@ -45,7 +49,10 @@ typedef struct {
     float *scratch;
     int64_t segment_count, shrink_items, expand_items, shrink_grain, expand_grain;
     int64_t token_step, column_step; /* tokens and columns of an item */
-    int threads;
+    const lora_pack_item *packs;     /* this and the rest: on AMX tiles alone */
+    bf16 *packed, *halves, *panels;
+    int64_t pack_items, packed_width, panel_size;
+    int threads, amx;
 } lora_args;
 
 typedef struct {
@@ -80,6 +87,7 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
     return &g->segments[low];
 }
 
+#include "amx.h"
 #include "parts_plan.h"
 
 #define T bf16
@@ -103,71 +111,8 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
 #define STORE store_fp32
 #include "typed.h"
 
-/* Numbers the work items of the segments, whose other fields are set. */
-static void plan_items(lora_args *g, lora_segment *segments) {
-    int64_t few = 0;
-    for (int64_t i = 0; i < g->segment_count; i++)
-        few += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, LORA_COLUMNS);
-    g->token_step = few < g->threads * LORA_MANY ? LORA_TOKENS / 4 : LORA_TOKENS;
-    g->column_step = few < g->threads * LORA_MANY ? LORA_COLUMNS / 4 : LORA_COLUMNS;
-    g->shrink_items = g->expand_items = 0;
-    for (int64_t i = 0; i < g->segment_count; i++) {
-        int64_t tokens = blocks_of(segments[i].tokens, g->token_step);
-        segments[i].shrink_first = g->shrink_items;
-        segments[i].expand_first = g->expand_items;
-        g->shrink_items += tokens * blocks_of(segments[i].count, 4);
-        g->expand_items += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, g->column_step);
-    }
-    g->shrink_grain = 1 + g->shrink_items / (g->threads * 16);
-    g->expand_grain = 1 + g->expand_items / (g->threads * 16);
-}
-
-EXPORT int64_t mh_lora_add(int dtype, int threads, const lora_site *sites, int64_t site_count, const void *x,
-                           int64_t x_stride, int64_t in, const int32_t *order, const int32_t *slots,
-                           const int32_t *offsets, int64_t segment_count) {
-    lora_segment few[64], *segments = few;
-    float little[4096], *scratch = little;
-    int64_t n = 0, shrunk = 0, work = 0, failed = 0;
-    if (site_count * segment_count > 64 && !(segments = malloc(site_count * segment_count * sizeof *segments)))
-        return MH_NO_MEMORY;
-    for (int64_t i = 0; i < site_count * segment_count; i++) {
-        const lora_site *site = &sites[i / segment_count];
-        int64_t at = i % segment_count, tokens = offsets[at + 1] - offsets[at];
-        int64_t first = site->start[slots[at]], rows = site->count[slots[at]];
-        if (rows == 0) continue;
-        if (rows < 0 || first < 0 || first + rows > site->pool_rows) {
-            failed = i + 1;
-            goto done;
-        }
-        segments[n++] = (lora_segment){site, offsets[at], tokens, first, rows, shrunk, 0, 0};
-        shrunk += tokens * rows;
-        work += tokens * rows * (in + site->out);
-    }
-    if (n == 0) goto done;
-    if (work < LORA_SERIAL) threads = 1;
-    if (shrunk > 4096 && !(scratch = malloc(shrunk * sizeof *scratch))) {
-        scratch = little;
-        failed = MH_NO_MEMORY;
-        goto done;
-    }
-    lora_args g = {.x = x, .x_stride = x_stride, .in = in, .order = order, .segments = segments, .scratch = scratch,
-                   .segment_count = n, .threads = threads};
-    plan_items(&g, segments);
-    if (dtype == 0) lora_run_bf16(&g);
-    else if (dtype == 1) lora_run_fp16(&g);
-    else lora_run_fp32(&g);
-done:
-    if (segments != few) free(segments);
-    if (scratch != little) free(scratch);
-    return failed;
-}
-
-EXPORT void mh_bias_add(int dtype, int threads, void *y, int64_t y_stride, const void *bias, int64_t bias_stride,
-                        int64_t out, const int32_t *order, const int32_t *slots, int64_t tokens) {
-    if (dtype == 0) bias_run_bf16(y, y_stride, bias, bias_stride, out, order, slots, tokens, threads);
-    else if (dtype == 1) bias_run_fp16(y, y_stride, bias, bias_stride, out, order, slots, tokens, threads);
-    else bias_run_fp32(y, y_stride, bias, bias_stride, out, order, slots, tokens, threads);
-}
+#include "lora_amx.h"
+#include "lora_entry.h"
 
 /* Copy [tokens, heads, dim] to the places `where` of a cache [blocks, heads, size, dim]. */
 EXPORT void mh_store_kv(int64_t element, int threads, char *k_cache, char *v_cache, const char *k, const char *v,

@@ -137,17 +137,17 @@ static void NAME(lora_run)(const lora_args *g) {
     }
 }
 
+INLINE void NAME(bias_row)(T *row, const T *own, int64_t n) {
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES) STORE(row + c, LOAD(row + c) + LOAD(own + c));
+    if (c < n) NAME(store_part)(row + c, NAME(load_part)(row + c, n - c) + NAME(load_part)(own + c, n - c), n - c);
+}
+
 static void NAME(bias_run)(T *y, int64_t y_stride, const T *bias, int64_t bias_stride, int64_t out,
                            const int32_t *order, const int32_t *slots, int64_t tokens, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < tokens; i++) {
-        T *row = y + order[i] * y_stride;
-        const T *own = bias + slots[order[i]] * bias_stride;
-        int64_t c = 0;
-        for (; c + LANES <= out; c += LANES) STORE(row + c, LOAD(row + c) + LOAD(own + c));
-        if (c < out)
-            NAME(store_part)(row + c, NAME(load_part)(row + c, out - c) + NAME(load_part)(own + c, out - c), out - c);
-    }
+    for (int64_t i = 0; i < tokens; i++)
+        NAME(bias_row)(y + order[i] * y_stride, bias + slots[order[i]] * bias_stride, out);
 }
 
 #undef TILE_TOKENS

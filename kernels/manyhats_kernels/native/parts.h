@@ -2,17 +2,17 @@
  * storage type T, after lora.h. As there, who shares the batch changes no bit of a token's result.
  */
 
+INLINE void NAME(scale_row)(T *row, const T *own, int64_t n) {
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES) STORE(row + c, LOAD(row + c) * LOAD(own + c));
+    if (c < n) NAME(store_part)(row + c, NAME(load_part)(row + c, n - c) * NAME(load_part)(own + c, n - c), n - c);
+}
+
 static void NAME(scale_run)(T *y, int64_t y_stride, const T *scale, int64_t scale_stride, int64_t out,
                             const int32_t *order, const int32_t *slots, int64_t tokens, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < tokens; i++) {
-        T *row = y + order[i] * y_stride;
-        const T *own = scale + slots[order[i]] * scale_stride;
-        int64_t c = 0;
-        for (; c + LANES <= out; c += LANES) STORE(row + c, LOAD(row + c) * LOAD(own + c));
-        if (c < out)
-            NAME(store_part)(row + c, NAME(load_part)(row + c, out - c) * NAME(load_part)(own + c, out - c), out - c);
-    }
+    for (int64_t i = 0; i < tokens; i++)
+        NAME(scale_row)(y + order[i] * y_stride, scale + slots[order[i]] * scale_stride, out);
 }
 
 /* The last vector of a row, with zeros behind its end. */
@@ -70,12 +70,7 @@ static void NAME(bottleneck_run)(const lora_args *g, const float *bias, const in
             NAME(shrink)(g, seg, t0, least(t0 + g->token_step, seg->tokens), r0, least(r0 + 4, seg->count));
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < g->segment_count; i++) {
-            const lora_segment *seg = &g->segments[i];
-            int32_t kind = kinds[slots[g->order[seg->begin]]];
-            for (int64_t t = 0; t < seg->tokens; t++)
-                activate(g->scratch + seg->scratch + t * seg->count, bias + seg->start, seg->count, kind);
-        }
+        for (int64_t i = 0; i < g->segment_count; i++) activate_segment(g, &g->segments[i], bias, kinds, slots);
 #pragma omp for schedule(dynamic, g->expand_grain)
         for (int64_t item = 0; item < g->expand_items; item++) {
             const lora_segment *seg = find_segment(g, item, 1);

@@ -26,7 +26,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "mh_norm_rows": (None, [_I, _I, _P, _L, _P, _L, _P, _L, _P, _P, _L, _F, _I, _P, _P, _L]),
     "mh_bottleneck_add": (
         _L,
-        [_I, _I, _P, _L, _P, _L, _P, _L, _P, _L, _P, _L, _L, _L, *[_P] * 7, _L],
+        [_I, _I, _I, _P, _L, _P, _L, _P, _L, _P, _L, _P, _L, _L, _L, *[_P] * 7, _L],
     ),
 }
 
@@ -36,6 +36,8 @@ class NativeParts:
 
     As with the rest, a token's result has the same bits whoever shares the batch.
     """
+
+    _amx: int
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Take the entry points of a library that ``native.build.load`` gave."""
@@ -119,6 +121,7 @@ class NativeParts:
         check_bottleneck(down, down_bias, kinds, batch)
         failed = self._bottleneck_add(
             DTYPE_CODES[x.dtype],
+            self._amx,
             torch.get_num_threads(),
             y.data_ptr(),
             y.stride(0),

@@ -31,3 +31,11 @@ static void activate(float *s, const float *bias, int64_t count, int32_t kind) {
     for (int64_t r = 0; r < count - 1; r++) s[r] = gate * activation(s[r] + bias[r], kind & 255);
     s[count - 1] = gate;
 }
+
+/* The same for the shrunk rows of a segment. */
+static void activate_segment(const lora_args *g, const lora_segment *seg, const float *bias, const int32_t *kinds,
+                             const int32_t *slots) {
+    int32_t kind = kinds[slots[g->order[seg->begin]]];
+    for (int64_t t = 0; t < seg->tokens; t++)
+        activate(g->scratch + seg->scratch + t * seg->count, bias + seg->start, seg->count, kind);
+}

@@ -34,19 +34,6 @@ INLINE const quant4_matrix *find_matrix(const quant4_args *g, int64_t *panel) {
     return m;
 }
 
-INLINE uint16_t nearest_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float from_bf16(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
-}
-
 /* Sixty-four weights with one scale: 32 of even k to `even`, 32 of odd k to `odd`. */
 INLINE void unpack_run(bf16 *even, bf16 *odd, const uint8_t *packed, float absmax, vf code) {
 #ifdef MH_AVX512_BF16

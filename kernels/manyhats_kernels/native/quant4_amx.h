@@ -1,41 +1,5 @@
 /* The panels of quant4.h on AMX tiles. */
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(MH_AVX512_BF16) && defined(__linux__)
-#define MH_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define TILE 512 /* elements of a tile: 16 rows of 32 */
-
-/* Whether the kernel lets this process use tiles; asks it to. */
-EXPORT int mh_amx(void) {
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-}
-
-/* Sixteen floats of each of sixteen rows, rows and columns exchanged. */
-INLINE void transpose16(__m512 *r) {
-    __m512 s[16];
-    for (int i = 0; i < 16; i += 2) {
-        s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            __m512d a = (__m512d)s[i + j], b = (__m512d)s[i + j + 2];
-            r[i + 2 * j] = (__m512)_mm512_unpacklo_pd(a, b);
-            r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(a, b);
-        }
-    for (int j = 0; j < 4; j++) {
-        __m512 a = r[j], b = r[4 + j], c = r[8 + j], d = r[12 + j];
-        __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x88), ab1 = _mm512_shuffle_f32x4(a, b, 0xdd);
-        __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x88), cd1 = _mm512_shuffle_f32x4(c, d, 0xdd);
-        s[j] = _mm512_shuffle_f32x4(ab0, cd0, 0x88);
-        s[8 + j] = _mm512_shuffle_f32x4(ab0, cd0, 0xdd);
-        s[4 + j] = _mm512_shuffle_f32x4(ab1, cd1, 0x88);
-        s[12 + j] = _mm512_shuffle_f32x4(ab1, cd1, 0xdd);
-    }
-    memcpy(r, s, sizeof s);
-}
-
+#ifdef MH_AMX
 /* Sixteen tokens (`have` of them real) and sixty-four k of x, to the right tiles of even and odd k. */
 INLINE void pack_tiles(bf16 *even, bf16 *odd, const bf16 *x, int64_t stride, int64_t have) {
     const __m512i first = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30,
@@ -161,7 +125,7 @@ static void quant4_panel_tiles(const quant4_args *g, const quant4_matrix *m, int
 static void quant4_tiles(const quant4_args *g) {
     int64_t token_tiles = blocks_of(g->tokens, 16), runs = g->k / Q4_RUN;
     int plain = !g->matrices->absmax;
-    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+    tile_shape shape = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shape.bytes[i] = 64;
         shape.rows[i] = 16;
@@ -187,6 +151,4 @@ static void quant4_tiles(const quant4_args *g) {
         _tile_release(); /* others on this thread configure their own */
     }
 }
-#else
-EXPORT int mh_amx(void) { return 0; }
 #endif

@@ -22,9 +22,10 @@ typedef struct { /* likewise */
     const int64_t *slot_mapping;
     const int32_t *order, *slots, *offsets;
     const bf16 *cos, *sin; /* [tokens][dim] */
+    const int32_t *token_slots;
 } stack_step;
 
-
+#include "stack_parts.h"
 
 /* One head: x cos + rotate_half(x) sin, each product and the sum rounded. */
 INLINE void rotate_head(bf16 *x, const bf16 *cos, const bf16 *sin, int64_t dim) {
@@ -109,36 +110,62 @@ static int64_t project(const quant4_matrix *matrices, const lora_site *sites, in
     }
     int64_t failed = mh_matmul(threads, amx, own, count, x, k, s->tokens, k);
     if (failed || !sites || !s->segments) return failed;
-    return mh_lora_add(0, threads, own_sites, count, x, k, k, s->order, s->slots, s->offsets, s->segments);
+    return mh_lora_add(0, amx, threads, own_sites, count, x, k, k, s->order, s->slots, s->offsets, s->segments);
 }
 
-/* hidden [tokens][hidden] goes through all layers, in place; the last norm is not among them. scratch:
- * tokens * (2 hidden + (2 heads + 2 kv_heads) dim + 3 inner). Returns 0, MH_NO_MEMORY, or 1 + the number of the layer
- * where a segment owns rows outside of its pool. */
-EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_layer *layers, const stack_step *s,
-                        bf16 *hidden, bf16 *scratch, float eps, float head_eps, float scale) {
-    int64_t n = m->hidden, q_width = m->heads * m->dim, width = q_width + 2 * m->kv_heads * m->dim;
+/* hidden [tokens][hidden] goes through all layers, in place; the last norm is not among them. parts: what adapters do
+ * beside low-rank products, absent where none does. scratch: tokens * (2 hidden + (2 heads + 2 kv_heads) dim + 3 inner).
+ * Returns 0, MH_NO_MEMORY, or 1 + the number of the layer where a segment owns rows outside of its pool. */
+EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_layer *layers, const stack_parts *parts,
+                        const stack_step *s, bf16 *hidden, bf16 *scratch, float eps, float head_eps, float scale) {
+    int64_t n = m->hidden, q_width = m->heads * m->dim, kv_width = m->kv_heads * m->dim, inner_width = m->inner;
+    int64_t width = q_width + 2 * kv_width, failed = 0, at = 0;
     bf16 *x = scratch, *y = x + s->tokens * n, *qkv = y + s->tokens * n, *attended = qkv + s->tokens * width;
-    bf16 *gate_up = attended + s->tokens * q_width, *inner = gate_up + s->tokens * 2 * m->inner;
-    int64_t failed = 0, at = 0;
+    bf16 *gate_up = attended + s->tokens * q_width, *inner = gate_up + s->tokens * 2 * inner_width;
+    const stack_parts *p = s->segments ? parts : NULL;
     mh_rms_norm(0, threads, x, hidden, n, layers[0].input_norm, n, eps, s->tokens);
     for (; at < m->layers && !failed; at++) {
         const stack_layer *layer = &layers[at];
+        if (p) finish_norm(x, hidden, &p->input_norm, n, eps, s);
         failed = project(layer->qkv, layer->qkv_sites, 3, qkv, width, x, n, s, amx, threads);
         if (failed) break;
+        if (p) {
+            finish_linear(qkv, width, &p->q, q_width, s);
+            finish_linear(qkv + q_width, width, &p->k, kv_width, s);
+            finish_linear(qkv + q_width + kv_width, width, &p->v, kv_width, s);
+        }
         place_heads(m, layer, s, qkv, width, head_eps, threads);
         failed = mh_attention(0, threads, attended, qkv, width, m->dim, layer->k_cache, layer->v_cache, m->heads,
                               m->kv_heads, m->dim, m->block_size, s->query_start, s->context_lens, s->block_tables,
                               s->table_width, s->sequences, s->tokens, scale, layer->window, 0);
         if (failed) break;
+        if (p) scale_worn(attended, q_width, p->o.input, q_width, s);
         failed = project(layer->o, layer->o_sites, 1, y, n, attended, q_width, s, amx, threads);
         if (failed) break;
+        if (p) {
+            finish_linear(y, n, &p->o, n, s);
+            failed = run_rounds(p->attention, p->attention_rounds, y, hidden, x, n, s, amx, threads);
+            if (failed) break;
+        }
         add_norm(x, hidden, y, layer->post_norm, n, eps, s->tokens, threads);
-        failed = project(layer->gate_up, layer->gate_up_sites, 2, gate_up, 2 * m->inner, x, n, s, amx, threads);
+        if (p) finish_norm(x, hidden, &p->post_norm, n, eps, s);
+        failed = project(layer->gate_up, layer->gate_up_sites, 2, gate_up, 2 * inner_width, x, n, s, amx, threads);
         if (failed) break;
-        mh_silu_mul(0, threads, inner, gate_up, 2 * m->inner, gate_up + m->inner, 2 * m->inner, m->inner, s->tokens);
-        failed = project(layer->down, layer->down_sites, 1, y, n, inner, m->inner, s, amx, threads);
+        if (p) {
+            finish_linear(gate_up, 2 * inner_width, &p->gate, inner_width, s);
+            finish_linear(gate_up + inner_width, 2 * inner_width, &p->up, inner_width, s);
+        }
+        mh_silu_mul(0, threads, inner, gate_up, 2 * inner_width, gate_up + inner_width, 2 * inner_width, inner_width,
+                    s->tokens);
+        if (p) scale_worn(inner, inner_width, p->down.input, inner_width, s);
+        failed = project(layer->down, layer->down_sites, 1, y, n, inner, inner_width, s, amx, threads);
         if (failed) break;
+        if (p) {
+            finish_linear(y, n, &p->down, n, s);
+            failed = run_rounds(p->mlp, p->mlp_rounds, y, hidden, x, n, s, amx, threads);
+            if (failed) break;
+            p++;
+        }
         add_norm(x, hidden, y, at + 1 < m->layers ? layers[at + 1].input_norm : NULL, n, eps, s->tokens, threads);
     }
     return failed > 0 ? at + 1 : failed;

@@ -11,6 +11,7 @@ from torch import Tensor
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.native.parts import check_memory
 from manyhats_kernels.stack import LayerStack
+from manyhats_kernels.stack_parts import StackParts
 
 _P, _F = c_void_p, c_float
 
@@ -26,7 +27,7 @@ class NativeStack:
         """Take the entry point of a library that ``native.build.load`` gave."""
         self._stack = library.mh_stack
         self._stack.restype = c_int64
-        self._stack.argtypes = [c_int, c_int, *[_P] * 5, _F, _F, _F]
+        self._stack.argtypes = [c_int, c_int, *[_P] * 6, _F, _F, _F]
 
     def run_stack(
         self,
@@ -36,13 +37,14 @@ class NativeStack:
         sin: Tensor,
         attention: AttentionBatch,
         adapters: AdapterBatch,
+        parts: StackParts | None = None,
     ) -> None:
         """See :meth:`manyhats_kernels.stack.StackRunner.run_stack`."""
         stack.check(hidden, cos, sin, attention, adapters)
         tokens = attention.num_tokens
         if not tokens:
             return
-        step = (c_int64 * 13)(
+        step = (c_int64 * 14)(
             tokens,
             attention.num_sequences,
             attention.block_tables.size(1),
@@ -51,6 +53,7 @@ class NativeStack:
             *adapters.pointers,
             cos.data_ptr(),
             sin.data_ptr(),
+            adapters.slots.data_ptr(),
         )
         scratch = torch.empty(tokens * stack.scratch_width, dtype=hidden.dtype)
         failed = self._stack(
@@ -58,6 +61,7 @@ class NativeStack:
             self._amx,
             stack.shape,
             stack.descriptor,
+            parts.descriptor if parts is not None else None,
             step,
             hidden.data_ptr(),
             scratch.data_ptr(),

@@ -124,11 +124,14 @@ class DecodeGraphs:
         )
         self._off = False
 
-    def takes(self, sequences: int, launches: int) -> bool:
-        """Whether a decode step of this kind is, or is now due to be, a graph."""
-        if self._off or not self._sizes or sequences > self._sizes[-1]:
+    def takes(self, sequences: int, rows_alone: bool) -> bool:
+        """Whether a decode step of this kind is, or is now due to be, a graph.
+
+        Other parts than rank rows may look at values on the host, so such steps are not captured.
+        """
+        if self._off or not rows_alone or not self._sizes or sequences > self._sizes[-1]:
             return False
-        key = (self._size(sequences), launches)
+        key = self._key(sequences)
         if key in self._graphs:
             return True
         if len(self._seen) > MAX_KINDS:
@@ -142,7 +145,7 @@ class DecodeGraphs:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        launches: int,
+        rows_alone: bool,
     ) -> torch.Tensor | None:
         """Logits [T, V] of a decode step, valid until the next one; plans are on the CPU.
 
@@ -154,7 +157,8 @@ class DecodeGraphs:
         if buffers is None:
             buffers = self._buffers[size] = _Buffers(size, self._shape, self._device)
         buffers.load(ids, positions, attention, adapters)
-        graph = self._graphs.get((size, launches))
+        key = self._key(ids.size)
+        graph = self._graphs.get(key)
         if graph is None:
             try:
                 graph = self._captured(buffers)
@@ -162,8 +166,8 @@ class DecodeGraphs:
                 self._off = True
                 logger.warning("decode steps run without CUDA graphs: %s", error)
                 return None
-            self._keep((size, launches), graph)
-        self._graphs.move_to_end((size, launches))
+            self._keep(key, graph)
+        self._graphs.move_to_end(key)
         replay, logits = graph
         replay()
         return logits[: ids.size]
@@ -178,6 +182,10 @@ class DecodeGraphs:
         if len(self._graphs) > MAX_GRAPHS:
             gone, _ = self._graphs.popitem(last=False)
             del self._seen[gone]
+
+    def _key(self, sequences: int) -> tuple[int, int]:
+        """The graph's size and what its layers launch: the sites that have rows to add."""
+        return self._size(sequences), self._state.active_sites
 
     def _size(self, sequences: int) -> int:
         return next(s for s in self._sizes if sequences <= s)

@@ -18,7 +18,7 @@ from manyhats.engine.parts.linear import LinearExtras
 from manyhats.engine.parts.norm import NormSite
 from manyhats.engine.parts.prefix import PrefixSite
 from manyhats.engine.parts.residual import ResidualSite
-from manyhats.engine.parts.site import PoolConfig, Site
+from manyhats.engine.parts.site import PoolConfig, Site, fields_of
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
 from manyhats_kernels import AdapterBatch, Backend, SiteRows
@@ -180,26 +180,22 @@ class AdapterPool:
         paged = [site for site in self.sites if site.spec.kind in _PAGED]
         self._place = {site.spec.name: i for i, site in enumerate(paged)}
         self._sites_of_slot = [0] * slots
+        self._others = 0  # bitmask of the slots that do more than multiply at linear layers
+        self._version = 0
 
     @property
     def sites_of_slot(self) -> Sequence[int]:
         """Bitmask of the sites that each slot's adapter uses."""
         return self._sites_of_slot
 
-    def launches(self, state: StepState) -> int | None:
-        """What tells the running step's launches from those of others of as many tokens.
+    @property
+    def version(self) -> int:
+        """Another number after every change of what a slot holds."""
+        return self._version
 
-        None where a worn adapter does more than multiply at linear layers: other parts may look at
-        values on the host, so such steps are not to be captured.
-        """
-        for index, site in enumerate(self.sites):
-            if not state.active_sites >> index & 1:
-                continue
-            if not isinstance(site, SitePool) or site.spec.kind is not SiteKind.LINEAR:
-                return None
-            if site.extras.slots & state.worn_slots:
-                return None
-        return state.active_sites
+    def rows_alone(self, state: StepState) -> bool:
+        """Whether all that the worn adapters do is to multiply at linear layers by rank rows."""
+        return not state.worn_slots & self._others
 
     @property
     def capacity(self) -> tuple[int, ...]:
@@ -242,6 +238,8 @@ class AdapterPool:
         self.clear(slot)
         used = 0
         try:
+            if not all(self._is_product(name, parts) for name, parts in adapter.sites.items()):
+                self._others |= 1 << slot
             for name, parts in adapter.sites.items():
                 used |= 1 << self._index[name]
                 self._sites_of_slot[slot] = used
@@ -250,6 +248,7 @@ class AdapterPool:
         except BaseException:
             self.clear(slot)
             raise
+        self._version += 1
 
     def clear(self, slot: int) -> None:
         """Forgets a slot's adapter. Its rows stay until overwritten, and nothing reads them."""
@@ -258,6 +257,13 @@ class AdapterPool:
         for index, site in enumerate(self.sites):
             if used >> index & 1:
                 site.clear(slot)
+        self._others &= ~(1 << slot)
+        self._version += 1
+
+    def _is_product(self, name: str, parts: SiteParts) -> bool:
+        """Whether a site's parts are rank rows at a linear layer and nothing else."""
+        linear = self._site(name).spec.kind is SiteKind.LINEAR
+        return linear and fields_of(parts) <= {"low_rank"}
 
     def _site(self, name: str) -> Site:
         index = self._index.get(name)

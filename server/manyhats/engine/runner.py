@@ -44,10 +44,13 @@ class StepLogits:
 
 
 class FastDecode(Protocol):
-    """A quicker way for steps of decodes alone, whose adapters have rank rows alone."""
+    """A quicker way for steps of decodes alone."""
 
-    def takes(self, sequences: int, launches: int) -> bool:
-        """Whether it is for a step of so many sequences; ``launches``: see ``AdapterPool``."""
+    def takes(self, sequences: int, rows_alone: bool) -> bool:
+        """Whether it is for the running step, of so many sequences.
+
+        ``rows_alone``: whether all that its adapters do is to multiply at linear layers.
+        """
 
     def run(
         self,
@@ -55,7 +58,7 @@ class FastDecode(Protocol):
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        launches: int,
+        rows_alone: bool,
     ) -> torch.Tensor | None:
         """Logits [T, V] of the running step, whose plans lie on the CPU, valid until the next one;
         None where it cannot be done.
@@ -127,10 +130,10 @@ class ModelRunner:
             return None
         wanted = np.arange(ids.size)
         plans = self._begin(items, np.ones_like(ids), positions, wanted, torch.device("cpu"))
-        launches = self._pool.launches(self._state) if self._pool is not None else 0
-        if launches is None or not self._fast.takes(ids.size, launches):
+        rows_alone = self._pool is None or self._pool.rows_alone(self._state)
+        if not self._fast.takes(ids.size, rows_alone):
             return None
-        return self._fast.run(ids, positions, *plans, launches)
+        return self._fast.run(ids, positions, *plans, rows_alone)
 
     def _begin(
         self,

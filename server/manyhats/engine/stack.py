@@ -2,8 +2,8 @@
 
 The layers' own modules take some forty calls a layer; between them the step thread waits for the
 interpreter, which the event loop wants too. Which bases are so shaped is found by trying: a stack
-serves only where it gives the very bits that the modules give. Steps with prompts in them, and
-those whose adapters have other parts than rank rows, go through the modules.
+serves only where it gives the very bits that the modules give. Steps with prompts in them go
+through the modules, and so do those whose adapters do what ``stack_parts`` leaves out.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from manyhats.engine.attention import AttentionShape, PagedAttention
 from manyhats.engine.hooks import plain_forward
 from manyhats.engine.model.fused import FusedGate, FusedNorm
 from manyhats.engine.model.load import BaseModel
-from manyhats.engine.model.spec import site_modules
 from manyhats.engine.pool import AdapterPool, SitePool
 from manyhats.engine.projections import matrix_group
+from manyhats.engine.stack_parts import LINEAR, LayerSites, PartsOfStack, layer_sites
 from manyhats.engine.step import StepState
 from manyhats_kernels import AdapterBatch, AttentionBatch, Backend
 from manyhats_kernels.groups import MatrixGroup, SiteGroup
@@ -30,12 +30,7 @@ from manyhats_kernels.stack import LayerStack, StackLayer, StackRunner
 
 logger = logging.getLogger(__name__)
 
-_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+_GROUPS = (LINEAR[:3], LINEAR[3:4], LINEAR[4:6], LINEAR[6:])
 _TRIED_STEPS = 2
 _TRIED_SEQUENCES = 2
 
@@ -46,15 +41,25 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class DecodeStack:
     """Runs decode steps; see ``runner.FastDecode``. Used by the step thread alone."""
 
-    def __init__(self, model: Any, stack: LayerStack, runner: StackRunner, head: nn.Module) -> None:
+    def __init__(
+        self,
+        model: Any,
+        stack: LayerStack,
+        runner: StackRunner,
+        head: nn.Module,
+        parts: PartsOfStack | None,
+        state: StepState,
+    ) -> None:
         self._decoder = model
         self._stack = stack
         self._runner = runner
         self._head = head
+        self._parts = parts
+        self._state = state
 
-    def takes(self, sequences: int, launches: int) -> bool:
-        """Every decode step whose adapters have rank rows alone."""
-        return True
+    def takes(self, sequences: int, rows_alone: bool) -> bool:
+        """Every decode step whose adapters do nothing in the layers that is not in a stack."""
+        return rows_alone or (self._parts is not None and self._parts.takes(self._state))
 
     def run(
         self,
@@ -62,16 +67,16 @@ class DecodeStack:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        launches: int,
+        rows_alone: bool,
     ) -> torch.Tensor:
         """Logits [T, V] of the running step, whose plans are given."""
         decoder = self._decoder
         stream: torch.Tensor = decoder.embed_tokens(torch.from_numpy(ids)[None])
         cos, sin = decoder.rotary_emb(stream, torch.from_numpy(positions)[None])
         hidden = stream[0]  # a copy of the table's rows, ours to change
-        self._runner.run_stack(
-            hidden, self._stack, cos[0].contiguous(), sin[0].contiguous(), attention, adapters
-        )
+        parts = None if rows_alone or self._parts is None else self._parts.now()
+        rotation = cos[0].contiguous(), sin[0].contiguous()
+        self._runner.run_stack(hidden, self._stack, *rotation, attention, adapters, parts)
         logits: torch.Tensor = self._head(decoder.norm(stream))
         return logits[0]
 
@@ -85,7 +90,8 @@ def decode_stack(
         return None
     decoder: Any = base.module.get_decoder()
     try:
-        layers = _layers(decoder, base, backend, pool)
+        sites = layer_sites(decoder, base, pool)
+        layers = _layers(decoder, base, backend, sites)
         if layers is None:
             return None
         norms = [plain_forward(layer.input_layernorm).eps for layer in decoder.layers]
@@ -104,15 +110,15 @@ def decode_stack(
     except (AttributeError, ValueError) as error:
         logger.info("decode steps go through the modules: %s", error)
         return None
-    return DecodeStack(decoder, stack, backend, head)
+    parts = PartsOfStack(sites, pool, stack) if pool is not None else None
+    return DecodeStack(decoder, stack, backend, head, parts, state)
 
 
 def _layers(
-    decoder: Any, base: BaseModel, backend: Backend, pool: AdapterPool | None
+    decoder: Any, base: BaseModel, backend: Backend, sites: Sequence[LayerSites]
 ) -> list[StackLayer] | None:
-    sites = _sites(base, pool)
     made = []
-    for layer, (attention, shape) in zip(decoder.layers, base.layers, strict=True):
+    for layer, own, (attention, shape) in zip(decoder.layers, sites, base.layers, strict=True):
         norms = [plain_forward(m) for m in (layer.input_layernorm, layer.post_attention_layernorm)]
         heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
         norms += [plain_forward(module) for module in heads if module is not None]
@@ -135,7 +141,7 @@ def _layers(
                 o=o,
                 gate_up=gate_up,
                 down=down,
-                adapters=_adapters(layer, sites),
+                adapters=_adapters(own.linear),
                 k_cache=paged.k_cache,
                 v_cache=paged.v_cache,
                 sliding_window=shape.sliding_window,
@@ -149,22 +155,13 @@ def _group(layer: Any, names: Sequence[str], backend: Backend) -> MatrixGroup | 
     return matrix_group(modules, [plain_forward(module) for module in modules], backend)
 
 
-def _sites(base: BaseModel, pool: AdapterPool | None) -> Mapping[int, SitePool]:
-    """The linear sites' pools by the identity of their modules."""
-    if pool is None:
-        return {}
-    modules = site_modules(base.module, base.spec)
-    return {id(modules[site.spec.name]): site for site in pool.sites if isinstance(site, SitePool)}
-
-
 def _adapters(
-    layer: Any, sites: Mapping[int, SitePool]
+    sites: Mapping[str, SitePool],
 ) -> tuple[SiteGroup, SiteGroup, SiteGroup, SiteGroup] | None:
     if not sites:
         return None
     qkv, o, gate_up, down = (
-        SiteGroup([sites[id(layer.get_submodule(name))].weights for name in names])
-        for names in _GROUPS
+        SiteGroup([sites[name].weights for name in names]) for names in _GROUPS
     )
     return qkv, o, gate_up, down
 
@@ -184,7 +181,7 @@ def agrees(
         adapters = AdapterBatch.build(np.full(sequences, -1), 0)
         state.begin(attention, adapters, (), wanted=np.arange(sequences))
         try:
-            ours = stack.run(ids, positions, attention, adapters, 0)
+            ours = stack.run(ids, positions, attention, adapters, True)
             theirs = modules(
                 torch.from_numpy(ids)[None],
                 torch.from_numpy(positions)[None],

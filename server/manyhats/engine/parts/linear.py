@@ -13,6 +13,7 @@ from manyhats.adapters.parts import SiteKind, SiteParts, SiteSpec
 from manyhats.engine.parts.site import PoolConfig, SlotVectors, nbytes, refuse_others
 from manyhats.engine.step import StepState
 from manyhats_kernels import AdapterBatch
+from manyhats_kernels.stack_parts import LinearParts
 
 _SERVED = frozenset({"low_rank", "bias", "input_scale", "output_scale", "dense"})
 _SERVED_HEAD = _SERVED | {"rows"}
@@ -113,8 +114,20 @@ class LinearExtras:
 
     def before(self, state: StepState) -> bool:
         """Whether a worn adapter changes x or stands in for the weight: what ``finish`` cannot."""
-        whole = (*self._dense, *self._rows)
-        return self._input.worn(state) or any(state.worn_slots >> slot & 1 for slot in whole)
+        return self.scales_input(state) or self.replaces(state)
+
+    @property
+    def parts(self) -> LinearParts:
+        """The vectors' pools as kernels take them."""
+        return LinearParts(self._input.rows, self._output.rows, self._bias.rows)
+
+    def scales_input(self, state: StepState) -> bool:
+        """Whether a worn adapter changes x."""
+        return self._input.worn(state)
+
+    def replaces(self, state: StepState) -> bool:
+        """Whether a worn adapter stands in for the weight or rows of it."""
+        return any(state.worn_slots >> slot & 1 for slot in (*self._dense, *self._rows))
 
     def finish(self, y: torch.Tensor, batch: AdapterBatch, state: StepState) -> None:
         """The output's scale and bias, in place. y: [T, out]."""

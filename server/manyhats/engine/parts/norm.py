@@ -10,6 +10,7 @@ from manyhats.engine.hooks import Hook
 from manyhats.engine.parts.site import PoolConfig, SlotVectors, refuse_others
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
+from manyhats_kernels.stack_parts import NormParts
 
 _SERVED = frozenset({"gain", "bias"})
 AXIS_ATTRIBUTE = "manyhats_token_axis"
@@ -19,15 +20,23 @@ AXIS_ATTRIBUTE = "manyhats_token_axis"
 class NormSite:
     """The gains, [slots, n], and biases of one norm."""
 
-    __slots__ = ("_bias", "_config", "_gain", "_has", "_shift", "spec")
+    __slots__ = ("_bias", "_config", "_gain", "_shift", "spec")
 
     def __init__(self, spec: SiteSpec, config: PoolConfig) -> None:
         self.spec = spec
         self._config = config
         self._gain = SlotVectors(config, spec.out_features, 1.0)
         self._bias = SlotVectors(config, spec.out_features, -0.0)
-        self._has = torch.zeros(config.slots, dtype=torch.int32, device=config.device)
         self._shift = spec.bias.to(config.device, config.dtype) if spec.bias is not None else None
+
+    @property
+    def parts(self) -> NormParts:
+        """The pools as kernels take them."""
+        return NormParts(self._gain.rows, self._bias.rows)
+
+    def worn(self, state: StepState) -> bool:
+        """Whether an adapter of the running step does anything here."""
+        return self._gain.worn(state) or self._bias.worn(state)
 
     def check(self, parts: SiteParts) -> None:
         """See ``Site.check``."""
@@ -49,13 +58,11 @@ class NormSite:
         """See ``Site.write``."""
         self._gain.write(slot, parts.gain)
         self._bias.write(slot, parts.bias)
-        self._has[slot] = parts.gain is not None
 
     def clear(self, slot: int) -> None:
         """See ``Site.clear``."""
         self._gain.clear(slot)
         self._bias.clear(slot)
-        self._has[slot] = 0
 
     def apply(
         self, x: torch.Tensor, y: torch.Tensor, token_axis: int, state: StepState
@@ -70,7 +77,7 @@ class NormSite:
                 out,
                 x.reshape(-1, n),
                 self._gain.values,
-                self._has,
+                self._gain.has,
                 self._shift,
                 batch,
                 eps=norm.eps,

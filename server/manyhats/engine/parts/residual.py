@@ -18,6 +18,12 @@ from manyhats.engine.parts.site import PoolConfig, nbytes, refuse_others
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
 from manyhats_kernels import ACTIVATIONS, GATED, AdapterBatch, SiteRows
+from manyhats_kernels.stack_parts import (
+    ROUND_ALONE,
+    ROUND_OF_OUTPUT,
+    ROUND_PARALLEL,
+    BottleneckRound,
+)
 
 _SERVED = frozenset({"bottlenecks", "fusion"})
 _KINDS = {
@@ -52,12 +58,12 @@ class _Flag:
 class _Round:
     """The n-th bottleneck of every slot: all that are worn run in one call."""
 
-    __slots__ = ("alone", "kinds", "of_output", "parallel", "rows", "slots")
+    __slots__ = ("alone", "flags", "kinds", "of_output", "parallel", "rows", "slots")
 
     def __init__(self, config: PoolConfig) -> None:
-        zeros = [torch.zeros(config.slots, dtype=torch.int32, device=config.device) for _ in "abc"]
+        zeros = [torch.zeros(config.slots, dtype=torch.int32, device=config.device) for _ in "abcd"]
         self.rows = SiteRows(zeros[0], zeros[1])
-        self.kinds = zeros[2]
+        self.kinds, self.flags = zeros[2:]
         self.parallel, self.of_output, self.alone = (_Flag(config) for _ in range(3))
         self.slots = 0
 
@@ -69,6 +75,11 @@ class _Round:
         self.parallel.set(slot, bottleneck.parallel)
         self.of_output.set(slot, bottleneck.of_output)
         self.alone.set(slot, not bottleneck.skip)
+        self.flags[slot] = (
+            ROUND_PARALLEL * bottleneck.parallel
+            | ROUND_OF_OUTPUT * bottleneck.of_output
+            | ROUND_ALONE * (not bottleneck.skip)
+        )
         self.slots |= 1 << slot
 
     def clear(self, slot: int) -> None:
@@ -155,6 +166,16 @@ class ResidualSite:
             one.clear(slot)
         self._fusions.pop(slot, None)
 
+    @property
+    def rounds(self) -> list[BottleneckRound]:
+        """The bottlenecks that are not fused, as kernels take them."""
+        pools = self._down, self._up, self._bias
+        return [BottleneckRound(*pools, one.rows, one.kinds, one.flags) for one in self._rounds]
+
+    def fuses(self, state: StepState) -> bool:
+        """Whether a worn adapter's bottlenecks are fused here."""
+        return any(one.slots & state.worn_slots for one in self._fused)
+
     def apply(self, stream: torch.Tensor, out: torch.Tensor, state: StepState) -> None:
         """Changes the block's output in place. stream, out: [T, hidden]."""
         batch, worn = state.adapters, state.worn_slots
@@ -165,7 +186,7 @@ class ResidualSite:
                     mine = one.alone.of_tokens(batch) & (batch.slots >= 0)[:, None]
                     out.copy_(torch.where(mine, -stream, out))
                 self._add(out, x, one, batch)
-        if any(one.slots & worn for one in self._fused):
+        if self.fuses(state):
             self._fuse(stream, out, batch, worn)
 
     def _add(self, y: torch.Tensor, x: torch.Tensor, one: _Round, batch: AdapterBatch) -> None:

@@ -16,6 +16,7 @@ from manyhats.adapters.parts import SiteParts, SiteSpec
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
 from manyhats_kernels import Backend
+from manyhats_kernels.stack_parts import VectorRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,18 @@ class Site(Protocol):
         """Forgets the slot's parts; all that they took may then be given to another."""
 
 
+def fields_of(parts: SiteParts) -> set[str]:
+    """The names of the parts that are there."""
+    values = ((item.name, getattr(parts, item.name)) for item in fields(parts))
+    return {name for name, value in values if value is not None and value != ()}
+
+
 def refuse_others(parts: SiteParts, spec: SiteSpec, served: frozenset[str]) -> None:
     """Raises AdapterLoadError, naming the field, for a part that is not among ``served``."""
-    for item in fields(parts):
-        value = getattr(parts, item.name)
-        if value is not None and value != () and item.name not in served:
-            raise AdapterLoadError(
-                f"{spec.name}: {item.name} is no part that a site of the kind {spec.kind.value} has"
-            )
+    for name in sorted(fields_of(parts) - served):
+        raise AdapterLoadError(
+            f"{spec.name}: {name} is no part that a site of the kind {spec.kind.value} has"
+        )
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:
@@ -79,10 +84,10 @@ class SlotVectors:
     """One vector a slot, [slots, size]; it comes into being with the first adapter that has one.
 
     ``neutral`` is what a slot without one holds, and changes no bit: 1 for a factor, -0.0 for a
-    term. ``slots`` is the bitmask of those that have one.
+    term. ``slots`` is the bitmask of those that have one, ``has`` [slots] the same as int32.
     """
 
-    __slots__ = ("_config", "_neutral", "_size", "slots", "values")
+    __slots__ = ("_config", "_neutral", "_size", "has", "slots", "values")
 
     def __init__(self, config: PoolConfig, size: int, neutral: float) -> None:
         self._config = config
@@ -90,6 +95,7 @@ class SlotVectors:
         self._neutral = neutral
         self.slots = 0
         self.values = torch.empty((0, size), dtype=config.dtype, device=config.device)
+        self.has = torch.empty(0, dtype=torch.int32, device=config.device)
 
     def write(self, slot: int, vector: torch.Tensor | None) -> None:
         """Sets the slot's vector; None leaves it without."""
@@ -97,10 +103,12 @@ class SlotVectors:
             return
         config = self._config
         if not len(self.values):
+            self.has = torch.zeros(config.slots, dtype=torch.int32, device=config.device)
             self.values = torch.full(
                 (config.slots, self._size), self._neutral, dtype=config.dtype, device=config.device
             )
         self.values[slot].copy_(vector)
+        self.has[slot] = 1
         self.slots |= 1 << slot
 
     def clear(self, slot: int) -> None:
@@ -108,6 +116,12 @@ class SlotVectors:
         if self.slots >> slot & 1:
             self.slots &= ~(1 << slot)
             self.values[slot].fill_(self._neutral)
+            self.has[slot] = 0
+
+    @property
+    def rows(self) -> VectorRows | None:
+        """The pool as kernels take it, None before the first adapter."""
+        return VectorRows(self.values, self.has) if len(self.values) else None
 
     def worn(self, state: StepState) -> bool:
         """Whether an adapter of the running step has one."""
