@@ -131,10 +131,11 @@ def scenarios(pools: Pools) -> Iterator[Scenario]:
             continue
         yield Scenario(name, mixed(lambda _: 1, name))
         yield Scenario(f"{name}, as a canary", mixed(lambda _: 1, name), canary=True)
-    for part in (0.25, 0.5, 1.0):
+    for part in (0.25, 0.5, 1.0) if ELSEWHERE in pools else ():
         yield Scenario(f"other domain, {part:.0%}", mixed(lambda _, part=part: part, ELSEWHERE))
-    slow = mixed(lambda number: min(1.0, number / DECAY), DECAYED)
-    yield Scenario(f"slow decay to {DECAYED} over {DECAY:,} requests", slow)
+    if DECAYED in pools:
+        slow = mixed(lambda number: min(1.0, number / DECAY), DECAYED)
+        yield Scenario(f"slow decay to {DECAYED} over {DECAY:,} requests", slow)
     for factor in (1.25, 1.5, 3.0):
         yield Scenario(f"latency x{factor:g}", slower(factor))
 

@@ -236,8 +236,10 @@ def test_exemplars_name_a_request_where_openmetrics_is_accepted():
     metrics.first_token("pirate", 0.2, "cmpl-1")
     metrics.finished("pirate", FinishReason.STOP, 1, 0, 1, 1.5, "cmpl-" + 200 * "x")
     metrics.drift.alarm("pirate", "kl", "cmpl-3")
+    metrics.watch(FakeEngine().stats)
     text, kind = metrics.render("application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
     assert kind.startswith("application/openmetrics-text")
+    assert b"\nvllm:num_requests_running 3.0\n" in text, "the gateway's colon stays"
     families = text_string_to_metric_families(text.decode())
     found = {s.name: s.exemplar.labels for f in families for s in f.samples if s.exemplar}
     assert found == {

@@ -157,7 +157,10 @@ class Metrics:
         accepts it, as Prometheus does; else Prometheus' text format.
         """
         if OPENMETRICS in accept:
-            text: bytes = openmetrics.generate_latest(self.registry)  # type: ignore[no-untyped-call]
+            # its default turns the colon of a sample's name, a legal one, into an underscore
+            text: bytes = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+                self.registry, escaping=openmetrics.ALLOWUTF8
+            )
             return text, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self.registry), CONTENT_TYPE
 
