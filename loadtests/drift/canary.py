@@ -61,7 +61,7 @@ class Run:
             said = [{"role": "user", "content": rng.choice(self.texts)}]
             body = {
                 "model": ADAPTER, "messages": said, "max_tokens": self.tokens,
-                "seed": number * 1_000_000 + turn,
+                "seed": number * 1_000_000 + turn, "user": f"{number}-{turn}",  # a caller each
             }  # fmt: skip
             try:
                 answer = await self.http.post("/v1/chat/completions", json=body, headers=ADMIN)
