@@ -51,7 +51,7 @@ serve: install ## Serve the default model and the demo adapters on 127.0.0.1:800
 test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 	@$(BIN)/manyhats fetch-default >/dev/null
 	@{ command -v prometheus && command -v promtool; } >/dev/null || deploy/prometheus/fetch-tools "$${MANYHATS_HOME:-$$HOME/.manyhats}/tools" || true
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(STAMPS)/dev ## Check style, types and the direction of imports
 	@$(BIN)/ruff check .
@@ -135,7 +135,7 @@ $(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
 	$(INSTALL) -e '.[dev]' $${pin:+"$$pin"} $(HUSH) | $(BRIEF)
 	@touch $(STAMPS)/base $@
 
-$(STAMPS)/kernels: $(wildcard kernels/manyhats_kernels/native/*.c) | $(STAMPS)/base
+$(STAMPS)/kernels: $(wildcard kernels/manyhats_kernels/native/*.[ch]) | $(STAMPS)/base
 	@echo "==> CPU kernels"
 	@$(BIN)/manyhats build-kernels
 	@touch $@

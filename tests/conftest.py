@@ -30,8 +30,17 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+LONG = ("tests/e2e/", "tests/ops/test_triton_compile.py", "tests/deploy/", "tests/engine/")
+"""Where files take tens of seconds each. Workers take files in this order (`make test`), so that at
+the end there are only short ones and no worker waits for another.
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+    """Long files first. Tests marked `gpu` are skipped, with the reason, where there is no CUDA
+    device.
+    """
+    items.sort(key=lambda item: next((n for n, at in enumerate(LONG) if at in item.nodeid), 99))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

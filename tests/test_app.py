@@ -9,11 +9,10 @@ import os
 import httpx
 import pytest
 import torch
-from support.models import tiny_model, tiny_tokenizer
+from support.base import tiny_settings, write_base
 from support.scripts import FAILING_CC, script
 
 from manyhats.app import build
-from manyhats.config import Settings
 
 
 @pytest.fixture
@@ -26,18 +25,7 @@ def threads():
 
 @pytest.fixture
 def settings(tmp_path):
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return Settings(
-        home=tmp_path / "home",
-        model=str(folder),
-        device="cpu",
-        dtype="fp32",
-        quantization="none",
-        kernels="auto",
-        kv_cache_mb=16,
-    )
+    return tiny_settings(tmp_path / "home", write_base(tmp_path / "base"), kernels="auto")
 
 
 def answers(api, *paths: str) -> list[httpx.Response]:

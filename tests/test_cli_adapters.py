@@ -13,7 +13,7 @@ from support.api import Api, serving, settings_of
 from typer.testing import CliRunner
 
 from manyhats import cli
-from manyhats.api import admin, rollouts
+from manyhats.api import admin, audit, rollouts
 from manyhats.commands.client import Client
 from manyhats.config import unknown_variables
 from manyhats.engine.no_adapters import NoAdapters
@@ -29,7 +29,7 @@ def served(tmp_path):
         api = Api(
             settings=settings_of(admin_api_keys=(SecretStr(KEY),)),
             directory=adapters.service,
-            routers=(admin.router, rollouts.router),
+            routers=(admin.router, audit.router, rollouts.router),
             pins=Pins(adapters.registry, adapters.service.entry, NoAdapters(), bound=1),
         )
         with serving(api.app) as (host, port):
@@ -76,9 +76,10 @@ def test_the_life_of_an_adapter(run, served):
     assert run("rollback", "pirate", "2") == "pirate: stable 2\n"
     assert run("retire", "pirate", 1) == "pirate@1 is retired\n"
     assert "pirate@1" not in run("list")
-    assert run("retire", "pirate", 1, "--undo") == "pirate@1 is ready\n"
+    assert run("retire", "pirate", 1, "--undo") == "pirate@1 is checked\n"
     assert run("delete", "pirate@1") == "pirate@1 is deleted (versions: 1)\n"
     told = run("audit", "--name", "pirate")
+    assert run("audit", "--own", "pirate") == told
     for word in ("register", "worse", "stable baseline", "canary 2 (12.5 %)", "delete", "fresh"):
         assert word in told
     assert "entries, the chain holds; newest: " in run("audit", "--verify")
@@ -101,7 +102,7 @@ def test_a_version_may_be_named_with_its_name(run, served):
     assert run("canary", "pirate@1", "--percent", "5") == "pirate: stable 2, canary 1 (5 %)\n"
     assert run("rollback", "pirate@3") == "pirate: stable 3\n"
     assert run("retire", "pirate@1") == "pirate@1 is retired\n"
-    assert run("retire", "pirate@1", "--undo") == "pirate@1 is ready\n"
+    assert run("retire", "pirate@1", "--undo") == "pirate@1 is checked\n"
     assert "pirate@1 and 2: name one version" in run("promote", "pirate@1", 2, code=1)
     assert "pirate@1 and baseline: name one" in run("rollback", "pirate@1", "baseline", code=1)
     assert "which version of pirate?" in run("retire", "pirate", code=1)

@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     with open_adapters(tmp_path / "home") as adapters:
         engine = FakeEngine()
         service = EvaluationService(
-            engine, adapters.service, EvaluationStore(tmp_path / "evaluations"), lambda *_: None
+            engine, adapters.service, EvaluationStore(adapters.registry), lambda *_: None
         )
         adapters.service.rollouts.gate = service.objection
         api = Api(

@@ -10,10 +10,10 @@ from support.api import Api, serving
 from typer.testing import CliRunner
 
 from manyhats import cli
-from manyhats.api import admin, collection, rollouts
+from manyhats.api import admin, audit, collection, rollouts
 from manyhats.lifecycle.collector import Retention
 
-ROUTERS = (admin.router, rollouts.router, collection.router)
+ROUTERS = (admin.router, audit.router, rollouts.router, collection.router)
 
 
 @pytest.fixture

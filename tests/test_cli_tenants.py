@@ -65,7 +65,9 @@ def test_usage(server, run):
     api, _ = server
     api.complete(headers={"authorization": "Bearer user"})
     lines = [line.split() for line in run("usage").stdout.splitlines()]
-    assert lines[0] == ["tenant", "adapter", "requests", "prompt_tokens", "output_tokens"]
+    assert lines[0] == [
+        *("tenant", "adapter", "requests", "prompt_tokens", "output_tokens", "resident_s", "nbytes")
+    ]
     assert lines[1][:3] == ["default", "-", "1"]
 
 

@@ -10,15 +10,12 @@ import re
 
 import httpx
 import pytest
-import torch
 from pydantic import SecretStr
 from support.api import serving
-from support.models import VOCAB, tiny_model, tiny_tokenizer
+from support.application import tiny_application, tiny_base
+from support.models import VOCAB
 from support.pages import ROOT, Reader, commands
 from support.random_lora import write_random_lora
-
-from manyhats.app import build
-from manyhats.config import Settings
 
 DOCS = ROOT / "docs"
 TEMPLATE = (
@@ -46,11 +43,7 @@ def write_data(path, seed, answer):
 def base(tmp_path_factory):
     """A folder of the default model's name, tiny, with a chat template."""
     folder = tmp_path_factory.mktemp("pages") / "SmolLM2-135M-Instruct"
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_base(folder, TEMPLATE)
 
 
 @pytest.fixture
@@ -59,7 +52,6 @@ def reader(request, base, tmp_path, monkeypatch):
     admin key that the page on tenants names, for that page's test alone.
     """
     keyed = request.node.name == "test_keys_and_tenants"
-    threads = torch.get_num_threads()
     root = tmp_path / "adapters"
     for seed, name in enumerate(("pirate", "legal", "robot", "pirate-2", "pirate-3"), 1):
         write_random_lora(root / name, base, rank=2, targets=["q_proj"], seed=seed, scale=0.3)
@@ -67,40 +59,26 @@ def reader(request, base, tmp_path, monkeypatch):
     for seed, name in enumerate(("pirate", "robot", "legal")):
         write_data(tmp_path / f"{name}.jsonl", seed, f"w{7 + seed} w{9 + seed} w11")
         instead[f"examples/data/{name}.jsonl"] = str(tmp_path / f"{name}.jsonl")
-    made = build(
-        Settings(
-            home=tmp_path / "home",
-            model=str(base),
-            device="cpu",
-            dtype="fp32",
-            quantization="none",
-            kernels="torch",
-            kv_cache_mb=16,
-            adapter_root=(root,),
-            admin_api_keys=(SecretStr(KEY),) if keyed else (),
-        )
+    keys = (SecretStr(KEY),) if keyed else ()
+    application = tiny_application(
+        base, tmp_path / "home", adapter_root=(root,), admin_api_keys=keys
     )
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("manyhats.commands.evaluate._POLL_S", 0.02)
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr("registering.POLL_S", 0.02)
-    try:
-        with serving(made.api) as (host, port):
-            url = instead[LOCAL] = f"http://{host}:{port}"
-            monkeypatch.setenv("MANYHATS_URL", url)
-            for name in ("pirate", "legal"):
-                register(url, name, root / name, KEY if keyed else None)
-            more = {
-                "finetune.py": [
-                    *("--model", str(base), "--threads", "1", "--ranks", "2", "--epochs", "1")
-                ],
-                "ask_everyone.py": ["--url", url, "--max-tokens", "4"],
-            }
-            yield Reader(url, instead, more, monkeypatch)
-    finally:
-        for close in made.closing:
-            close()
-        torch.set_num_threads(threads)
+    with application as made, serving(made.api) as (host, port):
+        url = instead[LOCAL] = f"http://{host}:{port}"
+        monkeypatch.setenv("MANYHATS_URL", url)
+        for name in ("pirate", "legal"):
+            register(url, name, root / name, KEY if keyed else None)
+        more = {
+            "finetune.py": [
+                *("--model", str(base), "--threads", "1", "--ranks", "2", "--epochs", "1")
+            ],
+            "ask_everyone.py": ["--url", url, "--max-tokens", "4"],
+        }
+        yield Reader(url, instead, more, monkeypatch)
 
 
 def register(url, name, folder, key=None, **more):
@@ -135,7 +113,7 @@ def test_serving_your_own(reader):
     shown = httpx.get(f"{reader.url}/admin/adapters/parrot").json()
     assert shown["route"]["stable"] == 1
     assert shown["route"]["canary"]["version"] == 3
-    assert [v["state"] for v in shown["versions"]] == ["ready", "retired", "ready"]
+    assert [v["state"] for v in shown["versions"]] == ["checked", "retired", "ready"]
 
 
 def test_an_adapter_went_bad(reader):

@@ -31,17 +31,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
+from acknowledged import NAMES, Acknowledged, expect
 from support.adapter_service import Adapters, open_adapters, write_adapter
 from support.redis_server import RedisServer
 
 from manyhats.errors import ManyhatsError
-from manyhats.lifecycle.audit import Cause, broken_link
+from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.collector import Retention
 from manyhats.lifecycle.compositions import NamedComposition
 from manyhats.types import DEFAULT_TENANT as T
 from manyhats.types import CompositionKind
 
-NAMES = "abcd"
 CONTENTS = 6
 COMPOSED = "d"
 
@@ -132,14 +132,11 @@ def _write(fd: int, said: Any) -> None:
 
 
 @dataclass
-class Chaos:
+class Chaos(Acknowledged):
     """One registry over all the rounds, and what must be true of it."""
 
-    home: Path
-    url: str | None
-    known: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(NAMES))
-    hashes: list[str] = field(default_factory=list)
-    newest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(NAMES, 0))
+    home: Path = field(kw_only=True)
+    url: str | None = field(kw_only=True)
     operations: int = 0
     interrupted: int = 0
     while_opening: int = 0
@@ -157,35 +154,9 @@ class Chaos:
         open_names = said[-1].get("begins", "") if said else ""
         self.interrupted += bool(open_names)
         with opened(self.home, self.url) as again:
-            self.check_names(again, open_names)
-            self.check_log(again)
+            self.check_names(states(again), open_names)
+            self.check_log([e.shown() for e in again.registry.audit(limit=10**6)])
             self.check_disk(again)
-
-    def check_names(self, again: Adapters, open_names: str) -> None:
-        now = states(again)
-        for name in NAMES:
-            if name not in open_names:
-                expect(
-                    now[name] == self.known[name], f"{name}: {now[name]}, not {self.known[name]}"
-                )
-            numbers = [v[0] for v in now[name]["versions"]] if now[name] else []
-            old = self.known[name]["versions"] if self.known[name] else []
-            fresh = [n for n in numbers if n not in [v[0] for v in old]]
-            expect(all(n > self.newest[name] for n in fresh), f"{name}: a number came again")
-            self.newest[name] = max([self.newest[name], *numbers])
-        self.known = now
-
-    def check_log(self, again: Adapters) -> None:
-        entries = [e.shown() for e in again.registry.audit(limit=10**6)]
-        expect(broken_link(entries)[1] is None, f"the chain: {broken_link(entries)}")
-        hashes = [e["hash"] for e in entries]
-        expect(hashes[: len(self.hashes)] == self.hashes, "an entry is gone or another one")
-        self.hashes = hashes
-        for name in NAMES:
-            mine = [e for e in entries if e["name"] == name and "retire" not in e["action"]]
-            last = mine[-1]["after"].get("route", mine[-1]["after"]) if mine else {}
-            route = self.known[name]["route"] if self.known[name] else {}
-            expect(route == last, f"{name}: {route}, the log: {last}")
 
     def check_disk(self, again: Adapters) -> None:
         used = again.registry.digests()
@@ -196,11 +167,6 @@ class Chaos:
         root = self.home / "store"
         files = {p.relative_to(root).parts[0] for p in root.rglob("*") if p.is_file()}
         expect(files <= {"lock", "registry", "tmp", *(d[:2] for d in used)}, f"stray: {files}")
-
-
-def expect(true: bool, message: str) -> None:
-    if not true:
-        raise SystemExit(message)
 
 
 def main() -> None:
@@ -221,7 +187,7 @@ def main() -> None:
             url = server.url
         for seed in range(CONTENTS):
             write_adapter(home / "allowed" / str(seed), seed)
-        chaos = Chaos(home, url)
+        chaos = Chaos(home=home, url=url)
         for number in range(options.rounds):
             try:
                 chaos.round(options.seed * 1000 + number, draw)

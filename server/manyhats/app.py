@@ -25,6 +25,7 @@ from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.sources.address import AllowList
 from manyhats.api import (
     admin,
+    audit,
     collection,
     drift,
     evaluations,
@@ -72,6 +73,7 @@ logger = logging.getLogger(__name__)
 _UNNAMED = Digest("")
 ROUTES: Final = (
     admin,
+    audit,
     collection,
     drift,
     evaluations,
@@ -114,7 +116,7 @@ def build(settings: Settings) -> Application:
     folder.mkdir(parents=True, exist_ok=True)
     store = open_adapters(settings, base.name)
     tenancy = open_tenancy(settings, settings.registry_file(base.name))
-    registry = open_registry(settings, base.name, tenancy.directory)
+    registry = open_registry(settings, base.name, tenancy.directory, base.spec.digest)
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)

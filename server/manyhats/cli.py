@@ -6,6 +6,7 @@ The flags of ``serve`` are generated from the settings, so that none can be miss
 from __future__ import annotations
 
 import enum
+import gc
 import inspect
 import types
 from collections.abc import Callable
@@ -147,8 +148,11 @@ def serve(settings: Settings) -> None:
     Every flag is a variable too (--max-rank is MANYHATS_MAX_RANK); a flag wins. API keys are better
     given as variables: a flag can be read in the process list.
     """
+    gc.disable()  # what is imported is no garbage: not looked through again and again
     from manyhats.app import serve as run_server
 
+    gc.freeze()
+    gc.enable()
     run_server(settings)
 
 

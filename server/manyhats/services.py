@@ -23,6 +23,7 @@ from manyhats.lifecycle.collecting import collecting
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.evaluation.store import EvaluationStore
 from manyhats.lifecycle.following import Follower
+from manyhats.lifecycle.occupancy import Occupancy
 from manyhats.lifecycle.operations import Operations
 from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.registry import Registry
@@ -46,13 +47,19 @@ class Services:
     operations: Operations
     pins: Pins
     follower: Follower
+    occupancy: Occupancy
     drift: Drift | None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """All of it runs while the block does; then what runs in the engine is given up."""
         rollouts, usage = self.adapters.rollouts, self.tenancy.usage
-        with self.tenancy.directory.keep_fresh(), self.follower.following(), usage.flushing():
+        with (
+            self.tenancy.directory.keep_fresh(),
+            self.follower.following(),
+            usage.flushing(),
+            self.occupancy.counting(),
+        ):
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self.evaluations.close)
                 stack.push_async_callback(self.shadows.close)
@@ -79,17 +86,23 @@ def open_services(
     tenancy: Tenancy,
     metrics: Metrics,
 ) -> Services:
-    """``folder``: the base's own, where evaluations, drift and half of a fetch are kept."""
+    """``folder``: the base's own, where drift and half of a fetch are kept."""
     evaluations = EvaluationService(
         engine.client,
         adapters,
-        EvaluationStore(folder / "evaluations"),
+        EvaluationStore(registry),
         metrics.lifecycle.evaluated,
     )
     adapters.rollouts.gate = evaluations.objection
     adapters.collector.leased = partial(_leased, engine)
     adapters.collector.freed = lambda c: metrics.lifecycle.collected(len(c.versions), c.nbytes)
     pins = _pins(settings, registry, adapters, engine)
+
+    def changed() -> None:
+        """Somebody else has written to the registry."""
+        pins.sync()
+        evaluations.tell()
+
     return Services(
         settings=settings,
         adapters=adapters,
@@ -98,9 +111,25 @@ def open_services(
         shadows=Shadows(ShadowDirectory(registry), engine.client, metrics.shadow),
         operations=_operations(settings, adapters, folder / "partial"),
         pins=pins,
-        follower=Follower(registry, pins.sync),
+        follower=Follower(registry, changed),
+        occupancy=_occupancy(registry, engine, tenancy, metrics),
         drift=_drift(settings, folder / "drift.sqlite", engine, adapters, metrics, evaluations),
     )
+
+
+def _occupancy(registry: Registry, engine: Engine, tenancy: Tenancy, metrics: Metrics) -> Occupancy:
+    """Residence and bytes of adapters, told to the usage and the metrics."""
+
+    def count(owner: str, name: str, seconds: int) -> None:
+        tenancy.usage.occupied(owner, name, seconds)
+        metrics.lifecycle.occupied(name, seconds)
+
+    def resident() -> list[AdapterRef]:
+        return [found.ref for found in engine.client.stats().resident]
+
+    occupancy = Occupancy(registry, resident, count, metrics.lifecycle.sized)
+    tenancy.usage.sizes = occupancy.sizes
+    return occupancy
 
 
 def _leased(engine: Engine) -> set[Digest]:

@@ -49,7 +49,7 @@ class Server:
             evaluations=EvaluationService(
                 FakeEngine(),
                 adapters.service,
-                EvaluationStore(adapters.home / "evaluations"),
+                EvaluationStore(adapters.registry),
                 lambda *_: None,
             ),
         )
@@ -136,7 +136,9 @@ def test_register_a_folder_show_list_and_delete(server):
         **card, "stable": False, "route": {"stable": 2, "previous": 1, "canary": None},
     }  # fmt: skip
     assert versions[0] == {
-        "version": 1, "state": "ready", "digest": card["digest"], "created": 1234,
+        "version": 1, "state": "checked", "digest": card["digest"], "created": 1234,
+        "base_digest": "", "tenant": "default", "family": "lora", "max_rank": 2,
+        "nbytes": card["nbytes"],
         "by": "default/admin", "source": path, "revision": "", "metadata": {},
     }  # fmt: skip
     assert [v["version"] for v in versions] == [1, 2]
@@ -471,7 +473,7 @@ def test_every_route_needs_the_admin_role(adapters):
         for route in router.routes
         for method in route.methods
     ]
-    assert len(routes) == 18
+    assert len(routes) == 17
     for method, path in routes:
         for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
             headers = {} if key is None else {"authorization": f"Bearer {key}"}

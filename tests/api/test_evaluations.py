@@ -9,12 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from support.models import tiny_model, tiny_tokenizer
+from support.application import tiny_application, tiny_base
 from support.random_lora import write_random_lora
 
-from manyhats.app import Application, build
-from manyhats.config import Settings
+from manyhats.app import Application
 from manyhats.types import DEFAULT_TENANT
 
 DATA = "\n".join(
@@ -68,40 +66,18 @@ class Client:
 
 def served(tmp_path: Path, scenario: Callable[[Client], Awaitable[None]], **settings) -> None:
     """Runs a scenario against an application over a tiny model."""
-    folder = tmp_path / "base"
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    before = torch.get_num_threads()
+    base, roots = tiny_base(tmp_path / "base"), (tmp_path,)
 
-    async def run() -> None:
-        application = build(
-            Settings(
-                home=tmp_path / "home",
-                model=str(folder),
-                device="cpu",
-                dtype="fp32",
-                quantization="none",
-                kernels="torch",
-                kv_cache_mb=16,
-                adapter_root=(tmp_path,),
-                **settings,
-            )
-        )
-        try:
-            transport = httpx.ASGITransport(application.api, client=("127.0.0.1", 1))
-            async with (
-                application.api.router.lifespan_context(application.api),
-                httpx.AsyncClient(transport=transport, base_url="http://test") as http,
-            ):
-                await scenario(Client(application, http, tmp_path))
-        finally:
-            for close in application.closing:
-                close()
+    async def run(application: Application) -> None:
+        transport = httpx.ASGITransport(application.api, client=("127.0.0.1", 1))
+        async with (
+            application.api.router.lifespan_context(application.api),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as http,
+        ):
+            await scenario(Client(application, http, tmp_path))
 
-    try:
-        asyncio.run(run())
-    finally:
-        torch.set_num_threads(before)
+    with tiny_application(base, tmp_path / "home", adapter_root=roots, **settings) as application:
+        asyncio.run(run(application))
 
 
 def rows(found) -> dict[str, dict]:
@@ -178,7 +154,7 @@ def test_a_name_may_require_an_evaluation(tmp_path):
         assert "was not evaluated" in refused["error"]["message"]
         await client.call("GET", "/a/versions/2/evaluation", status=404)
         _, found = await client.evaluate("a")
-        assert found["state"] == "ready"
+        assert found["state"] == "evaluated"
         assert (await client.call("POST", "/a/promote", {"version": 2}))["route"]["stable"] == 2
         await client.call("DELETE", "/a?force=true")
         await client.register("a", 3, 0.01)

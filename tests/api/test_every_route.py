@@ -8,19 +8,8 @@ import pytest
 from fastapi import APIRouter
 from support.api import Api, settings_of
 
-from manyhats.api import (
-    admin,
-    collection,
-    drift,
-    evaluations,
-    operations,
-    rollouts,
-    sharing,
-    tenants,
-    usage,
-    vllm,
-)
 from manyhats.api.auth import OPEN_ROUTES, needed_role
+from manyhats.app import ROUTES
 from manyhats.tenancy.model import Role, Tenant
 
 KEYS = {"api_keys": ("user-key",), "admin_api_keys": ("admin-key",)}
@@ -40,19 +29,7 @@ async def new_route() -> str:
 
 def make(**settings) -> tuple[Api, dict[Role, str]]:
     """The whole application, two routes whose author thought of nothing, and a key of each role."""
-    own = (
-        admin,
-        collection,
-        drift,
-        evaluations,
-        operations,
-        rollouts,
-        sharing,
-        tenants,
-        usage,
-        vllm,
-    )
-    routers = [*(module.router for module in own), forgetful]
+    routers = [*(module.router for module in ROUTES), forgetful]
     api = Api(settings=settings_of(**KEYS, **settings), routers=routers)
     api.tenants.create(Tenant(id="acme"))
     return api, {role: api.tenants.issue("acme", role)[1] for role in Role}

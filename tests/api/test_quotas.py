@@ -185,6 +185,8 @@ def test_usage_by_tenant_and_adapter():
             "requests": 1,
             "prompt_tokens": shown["prompt_tokens"],
             "output_tokens": shown["completion_tokens"],
+            "resident_s": 0,
+            "nbytes": 0,
         }
     assert (pirate["adapter"], pirate["requests"]) == ("pirate", 2)
     assert pirate["prompt_tokens"] == used[1]["prompt_tokens"] + len("Hi")

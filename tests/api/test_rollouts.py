@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from support.adapter_service import config_bytes, open_adapters, weights_bytes, write_adapter
 from support.api import Api, assert_error, settings_of
 
-from manyhats.api import admin, rollouts
+from manyhats.api import admin, audit, rollouts
 from manyhats.lifecycle.audit import broken_link
 from manyhats.lifecycle.routes import RouteHint, Side
 from manyhats.tenancy.model import Role
@@ -38,7 +38,7 @@ def adapters(tmp_path):
 
 @pytest.fixture
 def api(adapters):
-    api = Routed(directory=adapters.service, routers=(admin.router, rollouts.router))
+    api = Routed(directory=adapters.service, routers=(admin.router, audit.router, rollouts.router))
     for seed in range(3):
         path = str(write_adapter(adapters.root / str(seed), seed))
         answer = api.post("/admin/adapters", {"name": "a", "path": path})
@@ -223,7 +223,7 @@ def test_a_request_sticks_by_its_user_else_its_key_else_not_at_all():
 
 def test_a_canary_sticks_to_the_issued_key_and_the_log_names_who_started_it(adapters):
     settings = settings_of(admin_api_keys=(SecretStr("root"),))
-    routers = (admin.router, rollouts.router)
+    routers = (admin.router, audit.router, rollouts.router)
     api = Routed(settings=settings, directory=adapters.service, routers=routers)
     record, key = api.tenants.issue("default", Role.OPERATOR, note="olga")
     olga = {"authorization": f"Bearer {key}"}
@@ -254,7 +254,9 @@ def test_a_side_that_does_not_exist_is_refused(value):
 
 
 def test_the_description_tells_the_bodies():
-    described = Routed(routers=(admin.router, rollouts.router)).get("/openapi.json").json()
+    described = (
+        Routed(routers=(admin.router, audit.router, rollouts.router)).get("/openapi.json").json()
+    )
     for path in described["paths"]:
         for method, operation in described["paths"][path].items():
             if path.startswith(("/admin/", "/v1/load", "/v1/unload")):

@@ -13,7 +13,7 @@ from support.adapter_service import open_adapters, write_adapter
 from support.api import Api, settings_of
 from support.fake_engine import FakeEngine, reply_of
 
-from manyhats.api import admin, rollouts
+from manyhats.api import admin, audit, rollouts
 from manyhats.api.shadows import MAX_RUNNING, Shadows, agreement
 from manyhats.engine.interface import LaneScores
 from manyhats.errors import EngineFailedError
@@ -63,7 +63,7 @@ def api(tmp_path):
         pins = Pins(adapters.registry, adapters.service.entry, Device(), bound=2)
         api = Api(
             settings=settings_of(), directory=adapters.service, engine=engine, metrics=metrics,
-            routers=(admin.router, rollouts.router), pins=pins,
+            routers=(admin.router, audit.router, rollouts.router), pins=pins,
             shadows=Shadows(
                 ShadowDirectory(adapters.registry, draw=lambda: api.draw), engine, metrics.shadow
             ),

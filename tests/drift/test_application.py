@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from support.models import tiny_model, tiny_tokenizer
+from support.application import tiny_application, tiny_base
 from support.random_lora import write_random_lora
-
-from manyhats.app import build
-from manyhats.config import Settings
 
 TARGETS = ["q_proj", "v_proj", "gate_proj"]
 
@@ -20,36 +15,22 @@ TARGETS = ["q_proj", "v_proj", "gate_proj"]
 @pytest.fixture
 def application(tmp_path):
     """pirate@1 is mild; pirate@2 says anything else, and is no more than a canary."""
-    before = torch.get_num_threads()
-    base = tmp_path / "base"
-    tiny_model("llama").save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
+    base = tiny_base(tmp_path / "base")
     for seed, scale in ((1, 0.05), (2, 1.5)):
         folder = tmp_path / "adapters" / f"v{seed}"
-        write_random_lora(folder, Path(base), rank=4, targets=TARGETS, seed=seed, scale=scale)
-    made = build(
-        Settings(
-            home=tmp_path / "home",
-            model=str(base),
-            device="cpu",
-            dtype="fp32",
-            quantization="none",
-            kernels="torch",
-            kv_cache_mb=16,
-            adapter_root=(tmp_path / "adapters",),
-            drift_share=1,
-            drift_canary_share=1,
-            drift_warm_up=2,
-            drift_reference=32,
-            drift_window=32,
-            drift_small_reference=32,
-            drift_small_window=32,
-        )
-    )
-    yield made, tmp_path / "adapters"
-    for close in made.closing:
-        close()
-    torch.set_num_threads(before)
+        write_random_lora(folder, base, rank=4, targets=TARGETS, seed=seed, scale=scale)
+    sizes = {
+        "drift_share": 1,
+        "drift_canary_share": 1,
+        "drift_warm_up": 2,
+        "drift_reference": 32,
+        "drift_window": 32,
+        "drift_small_reference": 32,
+        "drift_small_window": 32,
+    }
+    root = tmp_path / "adapters"
+    with tiny_application(base, tmp_path / "home", adapter_root=(root,), **sizes) as made:
+        yield made, root
 
 
 def test_a_bad_canary_is_found_by_its_divergence_from_the_base_and_ended(application):

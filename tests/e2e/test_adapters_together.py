@@ -22,7 +22,7 @@ QUESTIONS = (
     "How can I sleep better?",
 )
 REQUESTS = 32
-NEW_TOKENS = 20
+NEW_TOKENS = 12
 
 pytestmark = pytest.mark.e2e
 

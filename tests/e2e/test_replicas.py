@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.models import tiny_model, tiny_tokenizer
+from support.polling import PATIENCE_S, until
 from support.random_lora import write_random_lora
 from support.redis_server import RedisServer
 from support.server import Server, running_server
@@ -40,7 +40,7 @@ class Replica:
     server: Server
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.server.base_url, timeout=120, headers=ADMIN)
+        self.http = httpx.Client(base_url=self.server.base_url, timeout=PATIENCE_S, headers=ADMIN)
 
     def register(self, name: str, path: Path, **more) -> httpx.Response:
         body = {"name": name, "path": str(path), **more}
@@ -100,15 +100,6 @@ def pair(tmp_path_factory):
         yield Pair(folder, redis, stack)
 
 
-def until(condition, timeout: float = 60.0) -> float:
-    """Polls what can only be seen from outside; the seconds that it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + timeout, "it did not happen"
-        time.sleep(0.01)
-    return time.monotonic() - began
-
-
 def test_what_is_changed_on_one_is_served_by_the_other(pair):
     first, second = pair.first, pair.second
     assert first.register("a", pair.adapters / "v0").status_code == 201
@@ -166,7 +157,8 @@ def test_redis_away_under_load(pair, how):
     done, answers = threading.Event(), []
 
     def client(replica):
-        with httpx.Client(base_url=replica.server.base_url, timeout=120, headers=ADMIN) as http:
+        url = replica.server.base_url
+        with httpx.Client(base_url=url, timeout=PATIENCE_S, headers=ADMIN) as http:
             body = {"model": name, "prompt": PROMPT, "max_tokens": 2}
             while not done.is_set():
                 answer = http.post("/v1/completions", json=body)

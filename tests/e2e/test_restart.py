@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import httpx
 import pytest
 from support.base import tiny_flags, write_adapters, write_base
+from support.polling import PATIENCE_S, until
 from support.server import running_server
 
 pytestmark = pytest.mark.e2e
-
-
-def until(condition, timeout: float = 30.0) -> None:
-    """Polls what can only be seen from outside."""
-    give_up = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.02)
 
 
 def loads(server, name: str) -> float:
@@ -32,7 +24,7 @@ def test_a_drain_loses_nobody_and_the_next_start_is_warm(tmp_path):
     home = tmp_path / "home"
     with (
         running_server(home, *flags, "--register-roots", "--drain-grace-s", "600") as server,
-        httpx.Client(base_url=server.base_url, timeout=60) as http,
+        httpx.Client(base_url=server.base_url, timeout=PATIENCE_S) as http,
     ):
 
         def complete(model: str, **more) -> httpx.Response:
@@ -63,7 +55,7 @@ def test_a_drain_loses_nobody_and_the_next_start_is_warm(tmp_path):
     with running_server(home, *again) as server:
         until(lambda: loads(server, "hot") == loads(server, "warm") == 1)
         assert loads(server, "cold") == 0
-        cache = httpx.get(f"{server.base_url}/admin/cache").json()
+        cache = server.get("/admin/cache").json()
         assert cache["device"]["resident"] == []  # on the host: nobody has asked for them
         assert cache["host"]["bytes_used"] > 0
 

@@ -172,12 +172,12 @@ def test_fifty_changes_under_load(server, made):
     assert {served for served, _, _ in done.answers} == {s for s, _ in texts}
     assert len(done.answers) >= CLIENTS + CHANGES
 
-    answer = httpx.get(f"{server.base_url}/admin/audit", params={"limit": 1000}).json()
+    answer = server.get("/admin/audit", params={"limit": 1000}).json()
     entries = answer["data"]
     assert broken_link(entries)[1] is None
     assert [e["after"] for e in entries[len(VERSIONS) :]] == routes
     assert [e["reason"] for e in entries[len(VERSIONS) :]] == [
         f"change {number}" for number in range(CHANGES)
     ]
-    shown = httpx.get(f"{server.base_url}/admin/adapters/a").json()
+    shown = server.get("/admin/adapters/a").json()
     assert shown["route"] == routes[-1]

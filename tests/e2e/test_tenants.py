@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from support.server import demo_flags, running_server
+from support.polling import PATIENCE_S
+from support.server import Server, demo_flags, running_server
 
 pytestmark = pytest.mark.e2e
 
 ADMIN = {"authorization": "Bearer admin-secret"}
 
 
+def client(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=server.base_url, timeout=PATIENCE_S)
+
+
 def test_tenants_outlive_the_server(smollm2_path, repository, tmp_path):
     flags = ("--model", str(smollm2_path), "--kv-cache-mb", "256", *demo_flags(repository))
     flags += ("--admin-api-keys", "admin-secret", "--metrics-open")
-    with running_server(tmp_path, *flags) as server, httpx.Client(base_url=server.base_url) as http:
+    with running_server(tmp_path, *flags) as server, client(server) as http:
         body = {"id": "acme", "weight": 2.0, "quotas": {"max_tokens": 5, "requests_per_minute": 4}}
         assert http.post("/admin/tenants", json=body, headers=ADMIN).status_code == 201
         issued = http.post("/admin/tenants/acme/keys", json={}, headers=ADMIN).json()
@@ -23,7 +28,7 @@ def test_tenants_outlive_the_server(smollm2_path, repository, tmp_path):
         assert answer.json()["owner"] == "default"
         assert issued["key"] not in "".join(server.output)
     key = {"authorization": f"Bearer {issued['key']}"}
-    with running_server(tmp_path, *flags) as server, httpx.Client(base_url=server.base_url) as http:
+    with running_server(tmp_path, *flags) as server, client(server) as http:
         listed = http.get("/v1/models", headers=key).json()["data"]
         assert [card["id"] for card in listed][1:] == ["pirate"]
 

@@ -68,7 +68,7 @@ def test_a_deadline_wakes_a_loop_that_has_nothing_to_run(model, tmp_path):
     known = {"slow": CompiledAdapter(Digest("slow"), "lora", {})}
     with LocalEngine(base, tmp_path, known, load_adapter=load) as engine:
         late = engine.submit(PROMPT, params(4), adapter="slow", timeout_s=0.05)
-        [[output]] = engine.wait(late, timeout=30)
+        [[output]] = engine.wait(late)
         assert isinstance(output.error, DeadlineExceededError)
         gate.set()
         assert_at_rest(engine)

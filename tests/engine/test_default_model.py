@@ -170,7 +170,7 @@ def test_of_two_at_once_one_waits(maker, tmp_path, monkeypatch):
     plain = maker.convert
 
     def convert(gguf, out):
-        assert waits.wait(30), "the second one did not wait for the first"
+        assert waits.wait(120), "the second one did not wait for the first"
         plain(gguf, out)
 
     def progress(line):
@@ -185,7 +185,7 @@ def test_of_two_at_once_one_waits(maker, tmp_path, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert (maker.fetched, maker.converted) == (1, 1)
     assert left(tmp_path) == ["SmolLM2-135M-Instruct"]
 

@@ -21,8 +21,7 @@ FUSED = {
 
 
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
+def native(home):
     return resolve_kernels("native", device=torch.device("cpu"), home=home).backend
 
 

@@ -41,7 +41,7 @@ def engine(tmp_path):
 
 def residents(engine, wanted):
     """Pins by name on the device, once they are as ``wanted`` (bounded, as nobody posts it)."""
-    ends = time.monotonic() + 30
+    ends = time.monotonic() + 120
     while True:
         engine.generate([PROMPT], params(1))  # turns the loop, which takes a new snapshot
         found = {r.ref.name: r.pinned for r in engine.engine.client.stats().resident}

@@ -17,10 +17,8 @@ from manyhats.lifecycle.compositions import (
     BASE_DIGEST,
     NamedComposition,
     composed,
-    from_json,
     resolve_composition,
     shown,
-    to_json,
 )
 from manyhats.types import DEFAULT_TENANT, AdapterRef, CompositionKind, Digest, TenantId
 
@@ -73,19 +71,6 @@ def test_an_ensemble_has_a_lane_a_member():
     assert composed(ENSEMBLE, [A, B], [1, 1]).digest != composed(ENSEMBLE, [A, B], [2, 1]).digest
     stack = composed(STACK, [A, B], ())
     assert stack.lanes == (stack,)
-
-
-@pytest.mark.parametrize(
-    "ref",
-    [
-        composed(STACK, [A, B], ()),
-        composed(WEIGHTED, [A, B], [0.7, 3]),
-        NESTED,
-        composed(ENSEMBLE, [A, B], [1, 2]),
-    ],
-)
-def test_the_stored_form_is_read_back(ref):
-    assert from_json(to_json(ref.composition)) == ref.composition
 
 
 def test_names_are_resolved_for_the_tenant(adapters):

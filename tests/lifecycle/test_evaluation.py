@@ -12,7 +12,7 @@ from support.fake_engine import ByteTokenizer
 
 from manyhats.engine.interface import LaneScores
 from manyhats.errors import RequestError
-from manyhats.lifecycle.evaluation.gate import Require, Thresholds, judge
+from manyhats.lifecycle.evaluation.gate import Thresholds, judge
 from manyhats.lifecycle.evaluation.measures import Tally, calibration_error, mean, stability
 from manyhats.lifecycle.evaluation.perturb import with_case, with_typos
 from manyhats.lifecycle.evaluation.probes import (
@@ -24,8 +24,6 @@ from manyhats.lifecycle.evaluation.probes import (
     read_rules,
     tokens_of,
 )
-from manyhats.lifecycle.evaluation.store import EvaluationStore
-from manyhats.types import TenantId
 
 
 def scores(logprobs, tops, confidences, divergences=()) -> LaneScores:
@@ -218,23 +216,3 @@ def test_every_probe_is_changed_by_both():
         cased = with_case(pair.prompt, index)
         assert cased != pair.prompt
         assert cased.lower() == pair.prompt.lower()
-
-
-def test_the_store_keeps_what_is_given_and_forgets_with_the_name(tmp_path):
-    store, tenant = EvaluationStore(tmp_path), TenantId("t")
-    assert store.settings(tenant, "a").require is Require.NONE
-    line = '{"prompt": "a", "completion": "b"}'
-    store.write(tenant, "a", data=line, rules=None, thresholds=None, require=Require.EVALUATED)
-    bounds = Thresholds(rules_kept=0.5)
-    store.write(tenant, "a", data=None, rules=None, thresholds=bounds, require=None)
-    found = EvaluationStore(tmp_path).settings(tenant, "a")
-    assert (len(found.data), found.require) == (1, Require.EVALUATED)
-    assert found.thresholds == bounds
-    assert store.require(tenant, "a") is Require.EVALUATED
-    store.keep_report(tenant, "a", 3, {"passed": True})
-    assert store.report(tenant, "a", 3) == {"passed": True}
-    assert store.report(TenantId("u"), "a", 3) is None
-    store.forget(tenant, "a")
-    store.forget(tenant, "a")
-    assert store.report(tenant, "a", 3) is None
-    assert store.settings(tenant, "a").data == ()

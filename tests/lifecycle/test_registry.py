@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -19,7 +20,15 @@ from manyhats.lifecycle.database import _MIGRATIONS
 from manyhats.lifecycle.records import AdapterRecord, check_name, split_version
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.routes import Route
-from manyhats.types import DEFAULT_TENANT, AdapterRef, Digest, TenantId
+from manyhats.lifecycle.tables import composition_of
+from manyhats.types import (
+    DEFAULT_TENANT,
+    AdapterRef,
+    Composition,
+    CompositionKind,
+    Digest,
+    TenantId,
+)
 
 OTHER = TenantId("other")
 
@@ -246,7 +255,7 @@ def test_a_registry_of_the_first_format_is_brought_up(path):
         entry = again.entry("a")
         assert entry is not None
         assert entry.route == Route(4), "a name has meant its newest version so far"
-        assert {(r.state, r.actor, r.revision) for r in entry.versions} == {("ready", "", "")}
+        assert {(r.state, r.actor, r.revision) for r in entry.versions} == {("checked", "", "")}
         key = again.draw_key
         again.close()
     again = Registry(path, max_versions=5)
@@ -256,13 +265,22 @@ def test_a_registry_of_the_first_format_is_brought_up(path):
     again.close()
 
 
+def test_a_composition_of_the_tables_is_read():
+    stack = f'{{"kind":"stack","members":[["b",1,"{digest(1)}",3,null]]}}'
+    rows = [["a", 2, digest(2), 0, 0.7], ["s", 4, digest(3), 3, 3.0, stack]]
+    found = composition_of(json.dumps({"kind": "ensemble", "members": rows}))
+    inner = Composition(CompositionKind.STACK, (AdapterRef("b", 1, digest(1), 3),))
+    members = (AdapterRef("a", 2, digest(2)), AdapterRef("s", 4, digest(3), 3, inner))
+    assert found == Composition(CompositionKind.ENSEMBLE, members, (0.7, 3.0))
+
+
 def test_a_newer_format_is_refused(path):
     Registry(path, max_versions=5).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     for _ in range(2):
-        with pytest.raises(ConfigError, match="has format 99, this server knows 5"):
+        with pytest.raises(ConfigError, match="has format 99, this server knows 6"):
             Registry(path, max_versions=5)
 
 
@@ -291,6 +309,7 @@ import sys
 from pathlib import Path
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.routes import Route
+from manyhats.lifecycle.tables import composition_of
 from manyhats.types import DEFAULT_TENANT, Digest
 
 registry = Registry(Path(sys.argv[1]), max_versions=10**6)

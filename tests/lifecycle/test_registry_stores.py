@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import redis
@@ -17,9 +18,10 @@ from manyhats.errors import ConfigError, ConflictError, ManyhatsError, ServiceEr
 from manyhats.lifecycle.audit import Cause, broken_link, following
 from manyhats.lifecycle.documents import FORMAT, NameDocument, decode, encode
 from manyhats.lifecycle.following import Follower
-from manyhats.lifecycle.records import AdapterRecord, State
+from manyhats.lifecycle.records import AdapterRecord
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.routes import Canary, Route, Schedule, promoted
+from manyhats.lifecycle.states import Demands, Require, State, Verdict
 from manyhats.lifecycle.store import Head, StaleHeadError
 from manyhats.lifecycle.store_redis import RedisRegistryStore
 from manyhats.lifecycle.store_sqlite import SqliteRegistryStore
@@ -128,6 +130,19 @@ def test_the_log_is_read_in_pages_and_by_name(open_store):
     assert broken_link(e.shown() for e in store.audit(name=None, after=0, limit=99))[1] is None
 
 
+def test_texts_change_with_the_entry_or_not_at_all(open_store):
+    store = open_store()
+    first = after(Head(), "a", 1)
+    store.write(first, {"a": "1"}, {"a/data": "é" * 70_000, "a/1": "one"})
+    store.write(second := after(Head.of(first), "a", 2), {}, {"a/1": None, "a/2": "two"})
+    with pytest.raises(StaleHeadError):
+        store.write(after(Head.of(first), "a", 3), {}, {"a/2": None, "a/3": "three"})
+    store = open_store()
+    found = [store.text(f"a/{what}") for what in ("data", 1, 2, 3)]
+    assert found == ["é" * 70_000, None, "two", None]
+    assert (store.head(), store.read()[1]) == (Head.of(second), {"a": "1"})
+
+
 @pytest.mark.parametrize("wrong", ["older", "newer", "another past"])
 def test_an_entry_that_does_not_follow_changes_nothing(open_store, wrong):
     store = open_store()
@@ -156,12 +171,16 @@ def test_the_same_write_again_changes_nothing(open_store):
 def test_a_dump_is_put_in_the_place_of_everything(open_store, tmp_path, redis_url):
     source = open_store()
     entries = filled(source)
+    source.write(last := after(Head.of(entries[-1]), "b", 9), {}, {"b/1": "é", "b/data": "x"})
+    entries.append(last)
     dump = source.dump()
+    assert dump.texts == {"b/1": "é", "b/data": "x"}
     assert (dump.key, dump.documents) == (source.key, source.read()[1])
     assert list(dump.entries) == entries
     others = [SqliteRegistryStore(tmp_path / "o.sqlite"), RedisRegistryStore(redis_url, "other")]
     for other in others:
-        filled(other, "xyz")
+        first = filled(other, "xyz")[-1]
+        other.write(after(Head.of(first), "y", 9), {}, {"y/1": "gone"})
         other.load(dump)
         assert other.dump() == dump
         assert (other.key, other.read()) == (source.key, source.read())
@@ -371,10 +390,12 @@ def test_a_document_holds_all_that_is_kept_of_a_name():
     record = AdapterRecord(
         AdapterRef("a", 2, digest(5), 9, whole), TenantId("t"), "weighted", 4, 10**12, 17, "é",
         State.RETIRED, "alice", "r1", {"k": "v"}, 99,
+        Verdict(5, False, True, {"m": None, "n": 0.1}, ("m undefined",)), "f" * 64,
     )  # fmt: skip
     schedule = Schedule((5.0, 100.0), 0.1, 1, 1e9 + 1 / 3, "held")
     for route in (Route(0), Route(2, 0), Route(1, None, Canary(2, 0.3, schedule))):
-        document = NameDocument(FORMAT, 7, (record,), route)
+        demands = Demands({"calibration_error": None, "rules_kept": 0.5}, Require.READY)
+        document = NameDocument(FORMAT, 7, (record,), route, demands, 12)
         assert decode("a", encode(document)) == document
     assert decode("a", encode(NameDocument(last_version=3))) == NameDocument(last_version=3)
 
@@ -382,17 +403,27 @@ def test_a_document_holds_all_that_is_kept_of_a_name():
 def test_a_document_written_before_a_field_came_has_its_default():
     record = AdapterRecord(AdapterRef("a", 1, digest(1)), DEFAULT_TENANT, "lora", 4, 9, 1, "s")
     old = json.loads(encode(NameDocument(FORMAT, 1, (record,), Route(1))))
-    for field in ("since", "metadata", "revision", "actor", "state"):
+    del old["demands"], old["began"]
+    for field in ("verdict", "since", "metadata", "revision", "actor", "state"):
         del old["versions"][0][field]
     del old["route"]["canary"], old["versions"][0]["ref"]["composition"]
     old["versions"][0]["of a later server"] = 1
     assert decode("a", json.dumps(old)) == NameDocument(FORMAT, 1, (record,), Route(1))
 
 
+def test_versions_of_the_first_format_were_never_said_to_be_evaluated():
+    """It called every version in use ready."""
+    record = AdapterRecord(AdapterRef("a", 1, digest(1)), DEFAULT_TENANT, "lora", 4, 9, 1, "s")
+    retired = replace(record, ref=AdapterRef("a", 2, digest(2)), state=State.RETIRED)
+    old = NameDocument(1, 2, (replace(record, state=State.READY), retired), Route(1))
+    found = decode("a", encode(old))
+    assert found == NameDocument(FORMAT, 2, (record, retired), Route(1), began=2**62)
+
+
 def test_a_document_of_a_newer_format_is_refused(tmp_path):
     store = SqliteRegistryStore(tmp_path / "r.sqlite")
     store.write(after(Head(), "a", 1), {"a": json.dumps({"format": FORMAT + 1})})
-    with pytest.raises(ConfigError, match=r"'a' has format 2, this server knows 1"):
+    with pytest.raises(ConfigError, match=r"'a' has format 3, this server knows 2"):
         Registry(store, max_versions=5)
     for text in ("{", "[]", '{"versions": [{}]}'):
         with pytest.raises(ServiceError, match="cannot be read"):

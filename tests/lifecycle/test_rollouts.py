@@ -12,7 +12,7 @@ from support.adapter_service import open_adapters, write_adapter
 
 from manyhats.errors import ConflictError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.audit import GENESIS, Cause, broken_link
-from manyhats.lifecycle.records import Registration, State
+from manyhats.lifecycle.records import Registration
 from manyhats.lifecycle.rollouts import Rollouts
 from manyhats.lifecycle.routes import (
     BASELINE,
@@ -24,6 +24,7 @@ from manyhats.lifecycle.routes import (
     drawn,
     parse,
 )
+from manyhats.lifecycle.states import State
 from manyhats.types import DEFAULT_TENANT, TenantId
 
 T = DEFAULT_TENANT
@@ -219,7 +220,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(adapters, rollouts, do, e
 
 def test_a_retired_version_is_out_of_use_until_it_is_brought_back(adapters, rollouts):
     entry = rollouts.retire("a", T, WHY, 2)
-    assert [r.state for r in entry.versions] == [State.READY, State.RETIRED, State.READY]
+    assert [r.state for r in entry.versions] == [State.CHECKED, State.RETIRED, State.CHECKED]
     with pytest.raises(ModelNotFoundError) as caught:
         serves(adapters, "a@2")
     assert caught.value.message.endswith("the newest of it: a@3, a@1")

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from manyhats.config import Settings
 from manyhats_kernels import Backend, resolve
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="session")
-def native_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the suite keeps its compiled kernels, so that they are compiled once."""
-    return tmp_path_factory.getbasetemp() / "native"
+def native_cache() -> Path:
+    """Where `make test` has compiled the kernels."""
+    return Settings().home / "kernels"
 
 
 @pytest.fixture(scope="session", params=["reference", "torch", "native"])

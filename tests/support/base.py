@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from support.models import tiny_model, tiny_tokenizer
 from support.random_lora import write_random_lora
+
+from manyhats.config import Settings
 
 
 def write_base(folder: Path) -> Path:
@@ -24,6 +27,12 @@ def write_adapters(root: Path, base: Path, names: Sequence[str], *, seed: int = 
         targets = ("q_proj", "v_proj")
         write_random_lora(root / name, base, rank=2, targets=targets, seed=seed + index)
     return root
+
+
+def tiny_settings(home: Path, base: Path, **more: Any) -> Settings:
+    """The same as ``tiny_flags`` for an application in the test's own process."""
+    exact = {"device": "cpu", "dtype": "fp32", "quantization": "none", "kernels": "torch"}
+    return Settings(home=home, model=str(base), **(exact | {"kv_cache_mb": 16} | more))
 
 
 def tiny_flags(base: Path) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.server import share_caches
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from manyhats.adapters.parts import CompiledAdapter
@@ -74,6 +75,7 @@ class LocalEngine:
     ) -> None:
         self.adapters = dict(adapters or {})
         by_digest = {a.digest: a for a in self.adapters.values()}
+        share_caches(home)
         self.settings = Settings(home=home, **({"kernels": "torch", "kv_cache_mb": 64} | settings))
         kernels = resolve_kernels(self.settings.kernels, device=base.device, home=home)
         self.metrics = Metrics(self.settings.metrics_adapters)
@@ -126,7 +128,7 @@ class LocalEngine:
         )
         return request_id
 
-    def wait(self, *request_ids: str, timeout: float = 120.0) -> list[list[Output]]:
+    def wait(self, *request_ids: str, timeout: float = 300.0) -> list[list[Output]]:
         """Outputs of the requests, once each has ended."""
         deadline = time.monotonic() + timeout
         while not all(self._done(r) for r in request_ids):

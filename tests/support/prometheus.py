@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.polling import until
 
 from manyhats.config import Settings
 
@@ -47,13 +47,6 @@ class Prometheus:
         """The data of an API route."""
         return httpx.get(f"{self.url}/api/v1/{path}", timeout=30).raise_for_status().json()["data"]
 
-    def until(self, condition, timeout: float = 90.0) -> None:
-        """Polls what only shows from outside."""
-        give_up = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < give_up, self.get("targets")
-            time.sleep(0.05)
-
 
 @contextmanager
 def running_prometheus(arguments: Sequence[str], port: int, log: Path) -> Iterator[Prometheus]:
@@ -65,11 +58,8 @@ def running_prometheus(arguments: Sequence[str], port: int, log: Path) -> Iterat
         )
     server = Prometheus(f"http://127.0.0.1:{port}")
     try:
-        give_up = time.monotonic() + 60
-        while not _ready(server.url):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < give_up, log.read_text()
-            time.sleep(0.05)
+        until(lambda: process.poll() is not None or _ready(server.url), told=log.read_text)
+        assert process.poll() is None, log.read_text()
         yield server
     finally:
         process.terminate()

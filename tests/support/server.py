@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from support.polling import PATIENCE_S
 
 from manyhats.config import Settings
 
@@ -32,9 +34,13 @@ class Server:
     base_url: str
     output: list[str]
 
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        """GET on a connection of its own, with patience for a busy machine."""
+        return httpx.get(f"{self.base_url}{path}", timeout=PATIENCE_S, **more)
+
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """Every sample of /metrics by (name, sorted labels)."""
-        text = httpx.get(f"{self.base_url}/metrics").raise_for_status().text
+        text = self.get("/metrics").raise_for_status().text
         return {
             (s.name, tuple(sorted(s.labels.items()))): s.value
             for family in text_string_to_metric_families(text)
@@ -60,9 +66,9 @@ class Server:
 
 
 @contextmanager
-def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[Server]:
+def running_server(home: Path, *flags: str, timeout: float = 400.0) -> Iterator[Server]:
     """``python -m manyhats serve`` on a free port, once it answers; ended by SIGTERM afterwards."""
-    share_kernels(home)
+    share_caches(home)
     command = [
         sys.executable,
         "-m",
@@ -79,12 +85,16 @@ def running_server(home: Path, *flags: str, timeout: float = 240.0) -> Iterator[
         yield server
 
 
-def share_kernels(home: Path) -> None:
-    """Gives a home the kernels that `make test` has compiled: a compiler takes ten seconds."""
-    kernels = Settings().home / "kernels"
-    if kernels.is_dir() and not (home / "kernels").exists():
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "kernels").symlink_to(kernels, target_is_directory=True)
+def share_caches(home: Path) -> None:
+    """Gives a home what every other one would make again: compiled kernels and quantized bases,
+    both named by what they were made of. A compiler takes ten seconds, quantizing as long.
+    """
+    for name in ("kernels", "quantized"):
+        shared = Settings().home / name
+        shared.mkdir(parents=True, exist_ok=True)
+        if not (home / name).exists():
+            home.mkdir(parents=True, exist_ok=True)
+            (home / name).symlink_to(shared, target_is_directory=True)
 
 
 @contextmanager
@@ -93,7 +103,7 @@ def running_command(
     env: Mapping[str, str],
     *,
     cwd: Path | None = None,
-    timeout: float = 240.0,
+    timeout: float = 400.0,
 ) -> Iterator[Server]:
     """A command that serves, with that environment and no other, once it answers."""
     process = subprocess.Popen(

@@ -15,6 +15,7 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from support.models import tiny_model, tiny_tokenizer
+from support.polling import PATIENCE_S
 from support.random_lora import write_random_lora
 from support.server import running_server
 
@@ -75,7 +76,9 @@ def test_spans_metrics_and_log_lines_of_a_real_request(
     body = {"model": "blue", "prompt": "w7 w8 w9", "max_tokens": 5, "ignore_eos": True}
     headers = {"traceparent": f"00-{TRACE}-{SPAN}-01", "x-request-id": "the-one"}
     with running_server(tmp_path / "home", *flags) as server:
-        answer = httpx.post(f"{server.base_url}/v1/completions", json=body, headers=headers)
+        answer = httpx.post(
+            f"{server.base_url}/v1/completions", json=body, headers=headers, timeout=PATIENCE_S
+        )
         assert answer.status_code == 200, answer.text
         assert server.stop() == 0, "what is left is exported before the process ends"
         output = list(server.output)

@@ -41,11 +41,6 @@ class Room:
         """Rows in use at each site."""
         return tuple(site.used_rows for site in self._sites)
 
-    @property
-    def free_slots(self) -> tuple[int, ...]:
-        """Slots that nobody has."""
-        return tuple(sorted(self._free_slots))
-
     def take(self, ranks: tuple[int, ...]) -> Placement:
         """Place an adapter for which ``fewest`` found room. Raises SlotStateError without it."""
         starts = tuple(

@@ -23,7 +23,6 @@ from manyhats.api.administration import (
     blocking,
     cause,
     evaluations,
-    forget,
 )
 from manyhats.api.auth import Principal, require_operator
 from manyhats.api.body import read_body
@@ -34,7 +33,7 @@ from manyhats.api.schemas import request_body
 from manyhats.api.state import api_state
 from manyhats.api.upload import UploadReader, boundary_of
 from manyhats.engine.interface import ResidentAdapter
-from manyhats.errors import ContentTypeError, ModelNotFoundError, RequestError
+from manyhats.errors import ContentTypeError, RequestError
 from manyhats.lifecycle.audit import MAX_REASON
 from manyhats.lifecycle.compositions import shown
 from manyhats.lifecycle.directory import AdapterCard
@@ -112,9 +111,7 @@ async def show_version(
 ) -> dict[str, Any]:
     """One version: who registered it, and what its evaluation says of it."""
     entry = adapters(request).entry(name, caller.tenant)
-    entry_version = entry.find(version)
-    if entry_version is None:
-        raise ModelNotFoundError(f"adapter {name!r} has no version {version}", param="version")
+    entry_version = entry.get(version)
     found = await blocking(partial(evaluations(request).shown, name, caller.tenant, version))
     return {"name": name, **_version(entry_version), "evaluation": found}
 
@@ -139,7 +136,6 @@ async def delete(
         adapters(request).delete, name, caller.tenant, force=force, cause=cause(caller, reason)
     )
     refs = await blocking(call)
-    await forget(request, caller, name)
     return {"name": name, "deleted": True, "versions": [ref.version for ref in refs]}
 
 
@@ -234,7 +230,15 @@ async def _receive(request: Request, caller: Principal, service: AdapterService)
             )
         )
     if data is not None:
-        await blocking(partial(evaluations(request).configure, name, caller.tenant, data=data))
+        await blocking(
+            partial(
+                evaluations(request).configure,
+                name,
+                caller.tenant,
+                cause(caller, body.reason),
+                data=data,
+            )
+        )
     return card
 
 
@@ -285,6 +289,11 @@ def _version(record: AdapterRecord) -> dict[str, Any]:
         "version": record.ref.version,
         "state": record.state.value,
         "digest": record.ref.digest,
+        "base_digest": record.base_digest,
+        "tenant": record.tenant,
+        "family": record.family,
+        "max_rank": record.max_rank,
+        "nbytes": record.nbytes,
         "created": record.created,
         "by": record.actor,
         "source": record.source,

@@ -11,7 +11,6 @@ import anyio.to_thread
 from fastapi import Depends, Request
 
 from manyhats.api.auth import Principal, require_operator
-from manyhats.errors import ModelNotFoundError
 from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.evaluation.service import EvaluationService
 from manyhats.lifecycle.records import Registration
@@ -64,13 +63,3 @@ async def admitted(
     if service is None:
         return told
     return await blocking(partial(service.admitted, name, caller.tenant, told))
-
-
-async def forget(request: Request, caller: Principal, name: str) -> None:
-    """A name that is gone takes its evaluations with it."""
-    service = measuring(request)
-    try:
-        adapters(request).entry(name, caller.tenant)
-    except ModelNotFoundError:
-        if service is not None and "@" not in name:
-            await blocking(partial(service.forget, name, caller.tenant))

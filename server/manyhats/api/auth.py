@@ -35,7 +35,7 @@ OPEN_ROUTES: Final = frozenset({"/startupz", "/healthz", "/readyz", "/health"})
 """The routes that ask for no key, ever."""
 METRICS_ROUTE: Final = "/metrics"
 _OPERATORS: Final = frozenset({METRICS_ROUTE, "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/audit", "/admin/gc", "/admin/log-level")
+_ADMINS: Final = ("/admin/tenants", "/admin/keys", "/admin/gc", "/admin/log-level")
 
 _USABLE = re.compile(r"[!-~]+")
 

@@ -10,8 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from manyhats.api.administration import adapters, blocking
 from manyhats.api.auth import Principal, require_admin
 from manyhats.api.body import read_body
-from manyhats.api.rollouts import Reasoned
-from manyhats.api.schemas import request_body
+from manyhats.api.schemas import Reasoned, request_body
 from manyhats.lifecycle.audit import Cause
 
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_admin)])

@@ -11,13 +11,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Request
 from pydantic import Field
 
-from manyhats.api.administration import Operator, blocking, evaluations
+from manyhats.api.administration import Operator, blocking, cause, evaluations
 from manyhats.api.auth import require_operator
 from manyhats.api.body import read_body
-from manyhats.api.schemas import StrictModel, request_body
-from manyhats.lifecycle.evaluation.gate import Require, Thresholds
+from manyhats.api.schemas import Reasoned, request_body
+from manyhats.lifecycle.evaluation.gate import Thresholds
 from manyhats.lifecycle.evaluation.probes import MAX_CHARS, general_pairs
 from manyhats.lifecycle.evaluation.store import EvaluationSettings
+from manyhats.lifecycle.states import Require
 
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
 
@@ -25,13 +26,13 @@ _Text = Annotated[str, Field(max_length=MAX_CHARS)]
 _Version = Annotated[int, Path(ge=1, lt=2**53)]
 
 
-class EvaluationRequest(StrictModel):
+class EvaluationRequest(Reasoned):
     """Body of ``PUT /admin/adapters/{name}/evaluation``; what is left out stays as it is.
 
     ``data`` and ``rules`` are JSONL (an empty text removes them): pairs of prompt and completion,
     and rules for generated answers. ``thresholds``: those that differ from the defaults; a null
     measures without judging. ``require``: ``evaluated`` lets requests be routed only to versions
-    that have passed.
+    that have passed, ``ready`` to those that have passed on pairs or rules of the adapter's own.
     """
 
     data: _Text | None = None
@@ -40,7 +41,7 @@ class EvaluationRequest(StrictModel):
     require: Require | None = Field(default=None, strict=False)
 
 
-class EvaluateRequest(StrictModel):
+class EvaluateRequest(Reasoned):
     """Body of ``POST /admin/adapters/{name}/evaluate``. ``version``: default the newest."""
 
     version: Annotated[int | None, Field(ge=1, lt=2**53)] = None
@@ -54,6 +55,7 @@ async def configure(request: Request, caller: Operator, name: str) -> dict[str, 
         evaluations(request).configure,
         name,
         caller.tenant,
+        cause(caller, body.reason),
         data=body.data,
         rules=body.rules,
         thresholds=body.thresholds,
@@ -77,7 +79,9 @@ async def evaluate(request: Request, caller: Operator, name: str) -> dict[str, A
     is. One that is on its way already goes on.
     """
     body = await read_body(request, EvaluateRequest)
-    return await evaluations(request).start(name, caller.tenant, body.version)
+    return await evaluations(request).start(
+        name, caller.tenant, body.version, cause(caller, body.reason)
+    )
 
 
 @router.get("/admin/adapters/{name}/versions/{version}/evaluation")

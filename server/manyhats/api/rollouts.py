@@ -1,7 +1,7 @@
-"""Administration of routes: promote, canary, shadow, rollback, pin, retire; and the audit log.
+"""Administration of routes: promote, canary, shadow, rollback, pin, retire.
 
-Changes need the operator's role and act for one tenant, the name's owner; the log names everybody's
-adapters and needs the admin role. A change holds for every request that comes after its answer.
+Each needs the operator's role and acts for one tenant, the name's owner. A change holds
+for every request that comes after its answer.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
 from manyhats.api.administration import Operator, adapters, blocking, cause
-from manyhats.api.auth import require_admin, require_operator
+from manyhats.api.auth import require_operator
 from manyhats.api.body import read_body
-from manyhats.api.schemas import StrictModel, examples, request_body
+from manyhats.api.schemas import Reasoned, StrictModel, examples, request_body
 from manyhats.api.state import api_state
 from manyhats.errors import RequestError, ServiceError
-from manyhats.lifecycle.audit import MAX_REASON
 from manyhats.lifecycle.pins import Pins
 from manyhats.lifecycle.rollouts import MAX_STEPS
 from manyhats.lifecycle.routes import BASELINE, Route
@@ -27,12 +26,6 @@ from manyhats.lifecycle.routes import BASELINE, Route
 router = APIRouter(tags=["admin"], dependencies=[Depends(require_operator)])
 
 Version = Annotated[int, Field(ge=1, lt=2**63)]
-
-
-class Reasoned(StrictModel):
-    """Body of a change: why it is made, for the audit log."""
-
-    reason: Annotated[str, Field(max_length=MAX_REASON)] = ""
 
 
 class PromoteRequest(Reasoned):
@@ -218,24 +211,6 @@ async def retire(request: Request, caller: Operator, name: str) -> dict[str, Any
     )
     versions = [{"version": r.ref.version, "state": r.state.value} for r in entry.versions]
     return {"name": name, "route": entry.route.shown(), "versions": versions}
-
-
-@router.get("/admin/audit", dependencies=[Depends(require_admin)])
-async def read_audit(
-    request: Request,
-    name: Annotated[str | None, Query(max_length=128)] = None,
-    after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> dict[str, Any]:
-    """The audit log beyond entry ``after``, oldest first; ``has_more`` says whether it goes on.
-
-    Each entry holds the hash of the one before it, and its own: the SHA-256 of the canonical JSON
-    (sorted keys, no spaces) of all its other fields.
-    """
-    call = adapters(request).rollouts.audit
-    entries = await blocking(partial(call, name=name, after=after, limit=limit + 1))
-    data = [entry.shown() for entry in entries[:limit]]
-    return {"object": "list", "data": data, "has_more": len(entries) > limit}
 
 
 def _pins(request: Request) -> Pins:

@@ -20,6 +20,7 @@ from manyhats.api.fields import (
     Stops,
     only,
 )
+from manyhats.lifecycle.audit import MAX_REASON
 
 _TEMPLATE = "is not accepted from a request (the model's own chat template is used)"
 
@@ -30,6 +31,12 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class Reasoned(StrictModel):
+    """Body of a change: why it is made, for the audit log."""
+
+    reason: Annotated[str, Field(max_length=MAX_REASON)] = ""
 
 
 class StreamOptions(StrictModel):

@@ -35,7 +35,8 @@ async def usage(
     tenant: str | None = None,
     days: Annotated[int | None, Query(ge=1, le=3660)] = None,
 ) -> Response:
-    """Requests and tokens of each tenant and adapter (null or empty: the bare base).
+    """Requests and tokens of each tenant and adapter (null or empty: the bare base); of adapters of
+    its own also seconds on a device, looked at every five, and the bytes that they take now.
 
     Of the last ``days`` (UTC, today is the first; default: all that are kept, from ``since`` on, in
     Unix seconds), of all replicas that share a store.

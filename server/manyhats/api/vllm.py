@@ -10,7 +10,7 @@ from functools import partial
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import PlainTextResponse
 
-from manyhats.api.administration import Operator, adapters, admitted, blocking, cause, forget
+from manyhats.api.administration import Operator, adapters, admitted, blocking, cause
 from manyhats.api.auth import require_operator
 from manyhats.api.body import read_body
 from manyhats.api.schemas import StrictModel, request_body
@@ -79,5 +79,4 @@ async def unload_lora_adapter(request: Request, caller: Operator) -> PlainTextRe
         )
     except ModelNotFoundError:
         return PlainTextResponse("Success: no LoRA adapter of that name was loaded.")
-    await forget(request, caller, name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

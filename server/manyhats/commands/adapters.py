@@ -160,6 +160,10 @@ def audit(
     client: Client,
     *,
     name: Annotated[str | None, typer.Option(metavar="<name>", help="Of one adapter.")] = None,
+    own: Annotated[
+        str | None,
+        typer.Option(metavar="<name>", help="Of one of your tenant's; any key of it will do."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the chain of hashes instead, on this machine.")
     ] = False,
@@ -174,7 +178,7 @@ def audit(
         if problem:
             raise typer.Exit(1)
         return
-    entries = list(client.audit(name))
+    entries = list(client.audit(path=f"/v1/adapters/{own}/audit") if own else client.audit(name))
 
     def table() -> Table:
         made = Table("entry", "when", "who", "what", "adapter", "after", "why")

@@ -66,14 +66,14 @@ class Client:
         given = {key: value for key, value in body.items() if value is not None}
         return self.call("POST", f"{adapter_path(name)}/{action}", json=given)
 
-    def audit(self, name: str | None = None) -> Iterator[dict[str, Any]]:
-        """Every entry of the audit log, oldest first."""
+    def audit(
+        self, name: str | None = None, *, path: str = "/admin/audit"
+    ) -> Iterator[dict[str, Any]]:
+        """Every entry of the audit log, or of the part of it at ``path``, oldest first."""
         after, more = 0, True
         while more:
             query: dict[str, Any] = {"after": after, "limit": _PAGE}
-            page = self.call(
-                "GET", "/admin/audit", params={**query, "name": name} if name else query
-            )
+            page = self.call("GET", path, params={**query, "name": name} if name else query)
             yield from page["data"]
             more = page["has_more"]
             after = page["data"][-1]["seq"] if page["data"] else after

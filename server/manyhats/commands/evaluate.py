@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from manyhats.commands.client import Client, adapter_path, add_row, fail, remote
+from manyhats.commands.routing import Reason
 from manyhats.lifecycle.records import split_version
 
 _POLL_S: Final = 0.5
@@ -35,10 +36,11 @@ def evaluate(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the report; exit code 2 where it failed.")
     ] = False,
+    reason: Reason = "",
 ) -> None:
     """Evaluate a version of NAME (default: the newest) beside the live traffic."""
     own, version = split_version(name)
-    body = {"version": version}
+    body = {"version": version, "reason": reason}
     started = client.change(own, "evaluate", body)
     if not wait:
         client.show(started, lambda: f"{started['adapter']}: {_progress(started)}")
@@ -47,6 +49,8 @@ def evaluate(
     found = _awaited(client, f"{adapter_path(own)}/versions/{number}/evaluation", started)
     if found.get("job"):
         fail(f"{started['adapter']}: {found['job']['error']}")
+    if found["report"] is None:
+        fail(f"{started['adapter']}: no report yet; it runs on another server of this registry")
     client.show(found, lambda: _table(started["adapter"], found["report"]))
     if not found["report"]["passed"]:
         raise typer.Exit(2)
@@ -69,8 +73,9 @@ def gate(
     ] = None,
     require: Annotated[
         str | None,
-        typer.Option(metavar="none|evaluated", help="What promotion needs."),
+        typer.Option(metavar="none|evaluated|ready", help="What promotion needs."),
     ] = None,
+    reason: Reason = "",
 ) -> None:
     """Show, or with an option change, what the versions of NAME are asked and judged by."""
     body: dict[str, Any] = {"require": require}
@@ -82,7 +87,10 @@ def gate(
         fail(str(error))
     given = {key: value for key, value in body.items() if value is not None}
     path = f"{adapter_path(name)}/evaluation"
-    answer = client.call("PUT", path, json=given) if given else client.call("GET", path)
+    if given:
+        answer = client.call("PUT", path, json={**given, "reason": reason})
+    else:
+        answer = client.call("GET", path)
 
     def table() -> Table:
         made = Table("measure", "bound", title=_asked(answer))

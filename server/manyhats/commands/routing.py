@@ -167,7 +167,8 @@ def retire(
         fail(f"which version of {name}? NAME VERSION, or NAME@VERSION")
     body = {"version": version, "retired": not undo, "reason": reason}
     answer = client.change(name, "retire", body)
-    client.show(answer, lambda: f"{name}@{version} is {'ready' if undo else 'retired'}")
+    states = {found["version"]: found["state"] for found in answer["versions"]}
+    client.show(answer, lambda: f"{name}@{version} is {states[version]}")
 
 
 def _changed(client: Client, answer: Mapping[str, Any]) -> None:

@@ -20,7 +20,15 @@ app = typer.Typer(
 _TENANT: Final = ("id", "weight", "priority", "quotas")
 _KEY: Final = ("id", "tenant", "role", "created", "expires", "revoked", "note")
 _ISSUED: Final = ("id", "key")
-_USAGE: Final = ("tenant", "adapter", "requests", "prompt_tokens", "output_tokens")
+_USAGE: Final = (
+    "tenant",
+    "adapter",
+    "requests",
+    "prompt_tokens",
+    "output_tokens",
+    "resident_s",
+    "nbytes",
+)
 
 TenantArgument = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant's id.")]
 KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, not the key.")]

@@ -18,7 +18,6 @@ from manyhats.drift.monitor import DriftMonitor, Names, Options
 from manyhats.drift.rescoring import Compare, Rescorer
 from manyhats.drift.revalidation import Evaluations, Owned, Revalidation
 from manyhats.drift.store import DriftStore
-from manyhats.drift.store_redis import RedisDriftStore
 from manyhats.drift.store_sqlite import SqliteDriftStore
 from manyhats.drift.track import Layout
 from manyhats.drift.validation import Validations
@@ -144,6 +143,8 @@ def _store(settings: Settings, path: Path) -> tuple[DriftStore, str | None]:
     """(the store, this server's id in it where others share it)."""
     if settings.redis_url is None:
         return SqliteDriftStore(path), None
+    from manyhats.drift.store_redis import RedisDriftStore  # redis only where it is used
+
     return RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
 
 

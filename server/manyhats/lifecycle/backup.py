@@ -3,7 +3,7 @@
 ::
 
     manifest.json      the format, the base, and the SHA-256 of the three files below
-    registry.json      the key, a document a name, and the whole audit log
+    registry.json      the key, a document a name, evaluations, and the whole audit log
     tenants.json       tenants, keys (their digests) and grants
     usage.json         usage by day, tenant and adapter
     adapters/          the bytes, laid out as in an adapter store
@@ -169,13 +169,18 @@ def _restore_tenants(store: TenantStore, texts: Mapping[str, Mapping[str, str]])
 
 def _shown(dump: Dump) -> dict[str, Any]:
     entries = [entry.shown() for entry in dump.entries]
-    return {"key": dump.key.hex(), "documents": dict(dump.documents), "entries": entries}
+    return {
+        "key": dump.key.hex(),
+        "documents": dict(dump.documents),
+        "texts": dict(dump.texts),
+        "entries": entries,
+    }
 
 
 def _parsed(shown: Mapping[str, Any]) -> Dump:
     entries = tuple(AuditEntry(**entry) for entry in shown["entries"])
     _check_log(entries)
-    return Dump(bytes.fromhex(shown["key"]), shown["documents"], entries)
+    return Dump(bytes.fromhex(shown["key"]), shown["documents"], entries, shown.get("texts", {}))
 
 
 def _end(dump: Dump) -> Head:

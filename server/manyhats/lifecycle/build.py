@@ -10,7 +10,6 @@ from manyhats.lifecycle.access import Access
 from manyhats.lifecycle.collector import Retention
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.store import RegistryStore
-from manyhats.lifecycle.store_redis import RedisRegistryStore
 from manyhats.lifecycle.store_sqlite import SqliteRegistryStore
 
 _DAY_S = 86400.0
@@ -23,14 +22,17 @@ def open_store(settings: Settings, base_id: str, *, exclusive: bool = True) -> R
     """
     if settings.redis_url is None:
         return SqliteRegistryStore(settings.registry_file(base_id), exclusive=exclusive)
+    from manyhats.lifecycle.store_redis import RedisRegistryStore  # redis only where it is used
+
     folder = settings.base_folder(base_id).name
     return RedisRegistryStore(settings.redis_url.get_secret_value(), folder)
 
 
-def open_registry(settings: Settings, base_id: str, access: Access) -> Registry:
+def open_registry(settings: Settings, base_id: str, access: Access, base_digest: str) -> Registry:
     """The registry of one base. Raises ConfigError, ServiceError."""
     store = open_store(settings, base_id)
-    return Registry(store, max_versions=settings.max_adapters, access=access)
+    bound = settings.max_adapters
+    return Registry(store, max_versions=bound, access=access, base_digest=base_digest)
 
 
 def open_adapters(settings: Settings, base_id: str) -> AdapterStore:

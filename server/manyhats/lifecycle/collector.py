@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from manyhats.adapters.store import AdapterStore
 from manyhats.errors import ConflictError
 from manyhats.lifecycle.audit import Cause
-from manyhats.lifecycle.records import AdapterRecord, Entry, State
+from manyhats.lifecycle.records import AdapterRecord, Entry
 from manyhats.lifecycle.registry import Registry
 from manyhats.types import AdapterRef, Digest
 
@@ -177,7 +177,7 @@ class Collector:
 
 
 def _is_retired(record: AdapterRecord) -> bool:
-    return record.state is State.RETIRED
+    return record.retired
 
 
 def _retired(entry: Entry) -> list[AdapterRecord]:

@@ -80,29 +80,6 @@ def composed(
     )
 
 
-def to_json(composition: Composition) -> str:
-    """The stored form: members pinned to their versions, with what those consist of."""
-    weights = composition.weights or (None,) * len(composition.members)
-    rows = [
-        [m.name, m.version, m.digest, m.virtual_tokens, weight]
-        + ([] if m.composition is None else [to_json(m.composition)])
-        for m, weight in zip(composition.members, weights, strict=True)
-    ]
-    return json.dumps({"kind": composition.kind.value, "members": rows}, separators=(",", ":"))
-
-
-def from_json(text: str) -> Composition:
-    """What ``to_json`` was given."""
-    stored = json.loads(text)
-    kind = CompositionKind(stored["kind"])
-    members = tuple(
-        AdapterRef(name, version, Digest(digest), virtual, *(from_json(whole) for whole in rest))
-        for name, version, digest, virtual, _, *rest in stored["members"]
-    )
-    weights = tuple(row[4] for row in stored["members"])
-    return Composition(kind, members, () if None in weights else weights)
-
-
 def shown(composition: Composition) -> dict[str, Any]:
     """As a request names it, with versions."""
     names = [str(member) for member in composition.members]

@@ -98,6 +98,8 @@ _MIGRATIONS: Final[tuple[tuple[_Step, ...], ...]] = (
         "DROP TABLE adapters",
         "DROP TABLE names",
     ),
+    # What is too long for a document: what an adapter is evaluated on, and what came of it.
+    ("CREATE TABLE texts (key TEXT PRIMARY KEY, text TEXT NOT NULL)",),
 )
 
 

@@ -8,7 +8,7 @@ back, without the field) what a newer one has written; then ``decode`` brings ol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,33 +16,41 @@ from pydantic import TypeAdapter, ValidationError
 from manyhats.errors import ServiceError
 from manyhats.lifecycle.records import AdapterRecord, Entry
 from manyhats.lifecycle.routes import Route
+from manyhats.lifecycle.states import Demands, State
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the documents that this server writes, and the newest that it reads."""
+
+UNKNOWN: Final = 2**62
+"""After every entry of the log: nothing of it is shown to the name's owner."""
 
 
 @dataclass(frozen=True, slots=True)
 class NameDocument:
     """One name. ``last_version`` outlives its versions, so that ``name@3`` never comes to mean
-    something else; ``route`` is None where no version is left.
+    something else; ``route`` is None where no version is left, and ``demands`` are the defaults.
     """
 
     format: int = FORMAT
     last_version: int = 0
     versions: tuple[AdapterRecord, ...] = ()
     route: Route | None = None
+    demands: Demands = field(default_factory=Demands)
+    began: int = 0
 
     @property
     def entry(self) -> Entry | None:
         """The name as requests know it; None where no version is left."""
-        return Entry(self.versions, self.route) if self.route and self.versions else None
+        if self.route is None or not self.versions:
+            return None
+        return Entry(self.versions, self.route, self.demands, self.began)
 
     def holding(self, entry: Entry | None) -> NameDocument:
         """The document with these versions and this route."""
         if entry is None:
-            return replace(self, versions=(), route=None)
+            return NameDocument(last_version=self.last_version)
         last = max(self.last_version, entry.versions[-1].ref.version)
-        return NameDocument(FORMAT, last, entry.versions, entry.route)
+        return NameDocument(FORMAT, last, entry.versions, entry.route, entry.demands, entry.began)
 
 
 _DOCUMENT: Final = TypeAdapter(NameDocument)
@@ -66,4 +74,13 @@ def decode(name: str, text: str) -> NameDocument:
             f"the registry's document of {name!r} has format {document.format}, this server knows "
             f"{FORMAT}"
         )
-    return document
+    return _as_written_now(document) if document.format < FORMAT else document
+
+
+def _as_written_now(document: NameDocument) -> NameDocument:
+    """Format 1 called every version in use ready, and did not say since when a name is whose."""
+    versions = tuple(
+        replace(record, state=State.CHECKED) if record.state is State.READY else record
+        for record in document.versions
+    )
+    return replace(document, format=FORMAT, versions=versions, began=UNKNOWN)

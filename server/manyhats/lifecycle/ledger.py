@@ -14,7 +14,7 @@ from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.documents import NameDocument, decode, encode
 from manyhats.lifecycle.records import Entry
 from manyhats.lifecycle.snapshot import Difference, Snapshot
-from manyhats.lifecycle.store import Documents, Head, RegistryStore, StaleHeadError
+from manyhats.lifecycle.store import Documents, Head, RegistryStore, StaleHeadError, Texts
 
 _TRIES: Final = 50
 _ENTRIES_AT_ONCE: Final = 1000
@@ -22,7 +22,8 @@ _ENTRIES_AT_ONCE: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What becomes of one name: ``entry`` None removes it. ``before`` and ``after`` are audited.
+    """What becomes of one name: ``entry`` None removes it. ``before`` and ``after`` are audited;
+    ``texts`` change with it.
 
     ``name`` empty: of none, an entry in the log alone.
     """
@@ -32,6 +33,7 @@ class Change:
     entry: Entry | None
     before: Mapping[str, Any] = field(default_factory=dict)
     after: Mapping[str, Any] = field(default_factory=dict)
+    texts: Texts = field(default_factory=dict)
 
 
 class Ledger:
@@ -78,7 +80,8 @@ class Ledger:
         if change.name:
             documents[change.name] = self.snapshot.document(change.name).holding(change.entry)
         try:
-            self._store.write(entry, {name: encode(d) for name, d in documents.items()})
+            encoded = {name: encode(document) for name, document in documents.items()}
+            self._store.write(entry, encoded, change.texts)
         except StaleHeadError:
             return False
         self.snapshot.update(Head.of(entry), documents)

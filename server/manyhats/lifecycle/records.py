@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from manyhats.errors import ConflictError, ModelNotFoundError, RequestError
 from manyhats.lifecycle.audit import Cause
 from manyhats.lifecycle.directory import AdapterCard
 from manyhats.lifecycle.routes import BASELINE, Route
+from manyhats.lifecycle.states import Demands, State, Verdict
 from manyhats.types import AdapterRef, TenantId
 
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -19,13 +19,6 @@ NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 _NAME = re.compile(NAME_PATTERN)
 _VERSIONED = re.compile(rf"({NAME_PATTERN})@([1-9][0-9]{{0,17}})")
-
-
-class State(enum.StrEnum):
-    """What may be done with a version. Only a ready one is served; a retired one is kept."""
-
-    READY = "ready"
-    RETIRED = "retired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +41,9 @@ class AdapterRecord:
 
     ``nbytes`` is the size of its parts, ``created`` in Unix seconds, ``source`` says where it came
     from (a folder, ``upload``), ``actor`` who registered it, ``since`` when it got its state (0:
-    with its registration). A field is added at the end, with a default; see ``documents.py``.
+    with its registration), ``verdict`` its last evaluation, ``base_digest`` that of the base's
+    weights when it was registered. A field is added at the end, with a default; see
+    ``documents.py``.
     """
 
     ref: AdapterRef
@@ -58,23 +53,51 @@ class AdapterRecord:
     nbytes: int
     created: int
     source: str
-    state: State = State.READY
+    state: State = State.CHECKED
     actor: str = ""
     revision: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     since: int = 0
+    verdict: Verdict | None = None
+    base_digest: str = ""
+
+    @property
+    def retired(self) -> bool:
+        """Whether it is out of use; every other version may be asked for."""
+        return self.state is State.RETIRED
+
+    def retiring(self, retired: bool, now: float) -> AdapterRecord:
+        """The version out of use, or in the state again that it had before."""
+        if retired == self.retired:
+            return self
+        back = self.verdict.state if self.verdict else State.CHECKED
+        return replace(self, state=State.RETIRED if retired else back, since=int(now))
+
+    def judged(self, verdict: Verdict) -> AdapterRecord:
+        """The version after an evaluation; a retired one stays so."""
+        state = self.state if self.retired else verdict.state
+        since = self.since if state is self.state else verdict.at
+        return replace(self, state=state, since=since, verdict=verdict)
 
     def audited(self) -> dict[str, Any]:
         """What the audit log keeps of it."""
-        return {"version": self.ref.version, "digest": self.ref.digest, "state": self.state.value}
+        shown = {"version": self.ref.version, "digest": self.ref.digest, "state": self.state.value}
+        failed = list(self.verdict.failed) if self.verdict else []
+        return {**shown, "failed": failed} if failed else shown
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name: its versions, oldest first, at least one, and its route."""
+    """One name: its versions, oldest first, at least one, its route, and what it demands.
+
+    ``began``: the number of the audit log's entry that the name came with; before that it may have
+    been another's.
+    """
 
     versions: tuple[AdapterRecord, ...]
     route: Route
+    demands: Demands = field(default_factory=Demands)
+    began: int = 0
 
     @property
     def name(self) -> str:
@@ -90,6 +113,16 @@ class Entry:
         """The version of that number, if it is kept."""
         return next((r for r in self.versions if r.ref.version == version), None)
 
+    def get(self, version: int, param: str = "version") -> AdapterRecord:
+        """The version of that number. Raises ModelNotFoundError, saying which there are."""
+        record = self.find(version)
+        if record is None:
+            have = ", ".join(str(r.ref.version) for r in self.versions[-10:])
+            raise ModelNotFoundError(
+                f"adapter {self.name!r} has no version {version}; it has {have}", param=param
+            )
+        return record
+
     def ready(self, version: int, param: str = "version") -> int:
         """``version`` itself, if requests may be routed to it (BASELINE always).
 
@@ -97,54 +130,10 @@ class Entry:
         """
         if version == BASELINE:
             return version
-        record = self.find(version)
-        if record is None:
-            have = ", ".join(str(r.ref.version) for r in self.versions[-10:])
-            raise ModelNotFoundError(
-                f"adapter {self.name!r} has no version {version}; it has {have}", param=param
-            )
-        if record.state is not State.READY:
+        record = self.get(version, param)
+        if record.retired:
             raise ConflictError(f"{record.ref} is {record.state.value}", param=param)
         return version
-
-
-def check_no_member(entries: Iterable[Entry], name: str, version: int | None) -> None:
-    """Raises ConflictError where a version of ``name`` (None: any) is a member of a registered
-    composition.
-    """
-    holders = [
-        str(record.ref)
-        for entry in entries
-        for record in entry.versions
-        if record.ref.composition
-        and any(
-            member.name == name and version in (None, member.version)
-            for member in record.ref.composition.members
-        )
-    ]
-    if holders:
-        raise ConflictError(
-            f"adapter {name!r} is a member of {len(holders)} registered compositions: "
-            f"{', '.join(holders[:5])}; delete those first",
-            param="name",
-        )
-
-
-def check_removable(
-    entry: Entry,
-    gone: Sequence[AdapterRecord],
-    kept: Sequence[AdapterRecord],
-    version: int | None,
-    *,
-    force: bool,
-) -> None:
-    """Raises ConflictError, see ``Registry.delete``."""
-    if kept and version is not None:
-        routed = entry.route.holds(version)
-        if routed and (not force or version == entry.route.stable):
-            raise held(entry, str(gone[0].ref), "deleted")
-    elif len(gone) > 1 and not force:
-        raise held(entry, f"{entry.name!r} with its {len(gone)} versions", "deleted without force")
 
 
 def check_name(name: str) -> None:
@@ -161,13 +150,6 @@ def split_version(model: str) -> tuple[str, int | None]:
     """``name@version`` as (name, version); anything else as it is, with None."""
     exact = _VERSIONED.fullmatch(model)
     return (exact[1], int(exact[2])) if exact else (model, None)
-
-
-def held(entry: Entry, what: str, verb: str) -> ConflictError:
-    """Why something of ``entry`` cannot go: requests are routed to it."""
-    return ConflictError(
-        f"{what} is not {verb}: requests for {entry.name!r} are routed to {entry.route.described()}"
-    )
 
 
 def route_json(route: Route | None) -> Mapping[str, Any]:

@@ -19,23 +19,21 @@ from manyhats.errors import ConfigError, ConflictError, ModelNotFoundError, Serv
 from manyhats.lifecycle import routes
 from manyhats.lifecycle.access import Access, OwnersOnly, check_quota
 from manyhats.lifecycle.audit import AuditEntry, Cause
-from manyhats.lifecycle.compositions import BASE_DIGEST
+from manyhats.lifecycle.checks import check_members, check_no_member, check_removable, held
 from manyhats.lifecycle.ledger import Change, Ledger
 from manyhats.lifecycle.records import (
     AdapterRecord,
     Entry,
     Registration,
-    State,
     check_name,
-    check_no_member,
-    check_removable,
-    held,
     route_json,
 )
 from manyhats.lifecycle.routes import BASELINE, Route
 from manyhats.lifecycle.snapshot import Difference
-from manyhats.lifecycle.store import RegistryStore
+from manyhats.lifecycle.states import Demands
+from manyhats.lifecycle.store import RegistryStore, Texts
 from manyhats.lifecycle.store_sqlite import SqliteRegistryStore
+from manyhats.lifecycle.texts import digests, text_key, texts_of
 from manyhats.types import AdapterRef, Composition, Digest, TenantId
 
 
@@ -44,8 +42,8 @@ class Registry:
     alone. Thread-safe; reads never block on the store.
 
     ``max_versions`` bounds the versions kept in all; ``access`` says who may use what is another
-    tenant's (default: nobody). Raises ConfigError where there is no registry to read (see the
-    stores).
+    tenant's (default: nobody); ``base_digest`` is kept with each version. Raises ConfigError where
+    there is no registry to read (see the stores).
     """
 
     def __init__(
@@ -55,11 +53,13 @@ class Registry:
         max_versions: int,
         clock: Callable[[], float] = time.time,
         access: Access | None = None,
+        base_digest: str = "",
     ) -> None:
         self._store = SqliteRegistryStore(store) if isinstance(store, Path) else store
         self._max_versions = max_versions
         self._clock = clock
         self.access: Access = access or OwnersOnly()
+        self._base_digest = base_digest
         try:
             self._ledger = Ledger(self._store, clock)
         except ServiceError as exc:
@@ -128,7 +128,7 @@ class Registry:
             if versions and versions[-1].ref.digest == digest:
                 return None
             self._check_room()
-            self._check_members(composition)
+            check_members(composition, self.entry)
             check_quota(self.access, tenant, self._snapshot.sizes(tenant), nbytes)
             record = AdapterRecord(
                 AdapterRef(name, last + 1, digest, virtual_tokens, composition),
@@ -141,12 +141,15 @@ class Registry:
                 actor=told.cause.actor,
                 revision=told.revision,
                 metadata=told.metadata,
+                base_digest=self._base_digest,
             )
             newest = versions[-1].ref.version if versions else BASELINE
             before = entry.route if entry else None
             route = routes.registered(before, last + 1, newest, told.promote)
             after = {**record.audited(), "route": route.shown()}
-            added = Entry((*versions, record), route)
+            kept = (*versions, record)
+            entry = entry or Entry(kept, route, began=self.revision + 1)
+            added = replace(entry, versions=kept, route=route)
             return Change("register", name, added, route_json(before), after)
 
         with self._ledger.lock:
@@ -162,17 +165,25 @@ class Registry:
         was faster. Raises ModelNotFoundError (no such name), what ``update`` raises, ServiceError.
         """
 
-        def plan() -> Change | None:
-            entry = self._existing(name)
-            route = update(entry)
-            if route == entry.route:
-                return None
-            after = Entry(entry.versions, route)
-            return Change(action, name, after, entry.route.shown(), route.shown())
+        def plan(entry: Entry) -> Change:
+            after = replace(entry, route=update(entry))
+            return Change(action, name, after, entry.route.shown(), after.route.shown())
 
-        with self._ledger.lock:
-            self._ledger.commit(cause, plan)
-            return self._existing(name).route
+        return self._changed(name, cause, plan).route
+
+    def change_demands(
+        self, name: str, cause: Cause, update: Callable[[Demands], Demands], texts: Texts
+    ) -> Entry:
+        """Change what a name demands of its versions, and the texts that they are evaluated on, of
+        which the log has the digests. Raises as ``change`` does.
+        """
+
+        def plan(entry: Entry) -> Change:
+            after = replace(entry, demands=update(entry.demands))
+            told = {**after.demands.shown(), **digests(texts)}
+            return Change("gate", name, after, entry.demands.shown(), told, texts)
+
+        return self._changed(name, cause, plan)
 
     def change_version(
         self,
@@ -181,6 +192,7 @@ class Registry:
         action: str,
         cause: Cause,
         update: Callable[[Entry, AdapterRecord], AdapterRecord],
+        texts: Texts | None = None,
     ) -> AdapterRecord:
         """Put what ``update`` makes of a version in its place, as ``change`` does for a route.
 
@@ -188,35 +200,40 @@ class Registry:
         ModelNotFoundError, what ``update`` raises, ServiceError.
         """
 
-        def plan() -> Change | None:
-            entry = self._existing(name)
-            record = self._version(entry, version)
+        def plan(entry: Entry) -> Change:
+            record = entry.get(version)
             changed = update(entry, record)
-            if changed == record:
-                return None
             versions = tuple(changed if r is record else r for r in entry.versions)
-            after = Entry(versions, entry.route)
-            return Change(action, name, after, record.audited(), changed.audited())
+            after = replace(entry, versions=versions)
+            told = (record.audited(), changed.audited())
+            return Change(action, name, after, *told, texts or {})
 
-        with self._ledger.lock:
-            self._ledger.commit(cause, plan)
-            return self._version(self._existing(name), version)
+        return self._changed(name, cause, plan).get(version)
 
-    def set_state(self, name: str, version: int, state: State, cause: Cause) -> None:
-        """Retire a version that no request is routed to, or make a retired one ready again.
+    def retire(self, name: str, version: int, cause: Cause, *, retired: bool) -> None:
+        """Take a version that no request is routed to out of use, or bring it back.
 
         Raises ModelNotFoundError, ConflictError (it is routed), ServiceError.
         """
 
         def update(entry: Entry, record: AdapterRecord) -> AdapterRecord:
-            if record.state is state:
-                return record
-            if state is State.RETIRED and entry.route.holds(version):
+            if retired and not record.retired and entry.route.holds(version):
                 raise held(entry, str(record.ref), "retired")
-            return replace(record, state=state, since=int(self._clock()))
+            return record.retiring(retired, self._clock())
 
-        action = "retire" if state is State.RETIRED else "unretire"
-        self.change_version(name, version, action, cause, update)
+        self.change_version(name, version, "retire" if retired else "unretire", cause, update)
+
+    def _changed(self, name: str, cause: Cause, plan: Callable[[Entry], Change]) -> Entry:
+        """The name once what ``plan`` makes of it is written, unless that changes nothing."""
+
+        def anew() -> Change | None:
+            entry = self._existing(name)
+            change = plan(entry)
+            return change if change.entry != entry or change.texts else None
+
+        with self._ledger.lock:
+            self._ledger.commit(cause, anew)
+            return self._existing(name)
 
     def delete(
         self,
@@ -253,12 +270,17 @@ class Registry:
             if not kept:
                 self.access.forget(name)  # first: a death between leaves it private
             before = {"versions": [r.audited() for r in removed], "route": entry.route.shown()}
-            after = Entry(kept, route) if route else None
-            return Change(action, name, after, before, route_json(route))
+            after = replace(entry, versions=kept, route=route) if route else None
+            texts = dict.fromkeys(texts_of(name, removed, whole=not kept))
+            return Change(action, name, after, before, route_json(route), texts)
 
         with self._ledger.lock:
             self._ledger.commit(cause or Cause(), plan)
         return tuple(removed)
+
+    def text(self, name: str, what: str | int) -> str | None:
+        """A text kept with a name or a version (``store.text_key``). Raises ServiceError."""
+        return self._store.text(text_key(name, what))
 
     def note(self, action: str, cause: Cause, told: Mapping[str, Any]) -> None:
         """An entry in the audit log of what concerns no name. Raises ServiceError."""
@@ -315,24 +337,6 @@ class Registry:
         if entry is None:
             raise ModelNotFoundError(f"no adapter {name[:140]!r}", param="name")
         return entry
-
-    @staticmethod
-    def _version(entry: Entry, version: int) -> AdapterRecord:
-        record = entry.find(version)
-        if record is None:
-            entry.ready(version)  # says which there are
-            raise ModelNotFoundError(f"{entry.name}@{version}: no such version", param="version")
-        return record
-
-    def _check_members(self, composition: Composition | None) -> None:
-        """Raises ConflictError where a member is no version any more."""
-        for member in composition.members if composition else ():
-            if member.digest == BASE_DIGEST:
-                continue
-            entry = self.entry(member.name)
-            record = entry.find(member.version) if entry else None
-            if record is None or record.ref.digest != member.digest:
-                raise ConflictError(f"{member} has changed meanwhile", param="composition")
 
     def _check_room(self) -> None:
         """Raises ConflictError where no further version may be added."""

@@ -16,7 +16,7 @@ from typing import Final
 from manyhats.errors import ConflictError, RequestError
 from manyhats.lifecycle import routes
 from manyhats.lifecycle.audit import MAX_REASON, AuditEntry, Cause
-from manyhats.lifecycle.records import Entry, State
+from manyhats.lifecycle.records import Entry
 from manyhats.lifecycle.registry import Registry
 from manyhats.lifecycle.routes import Canary, Route, Schedule
 from manyhats.lifecycle.stepping import held, is_due, next_step
@@ -89,6 +89,7 @@ class Rollouts:
                 wanted = _canary(entry).version
             return routes.promoted(entry.route, entry.ready(wanted))
 
+        self._registry.refresh()  # the verdict, and the canary, of this moment
         entry = self._find(name, tenant)
         wanted = version if version is not None else _canary(entry).version
         objection = self.gate(name, tenant, entry.ready(wanted))
@@ -242,7 +243,7 @@ class Rollouts:
         """
         _check(cause)
         self._find(name, tenant)
-        self._registry.set_state(name, version, State.RETIRED if retired else State.READY, cause)
+        self._registry.retire(name, version, cause, retired=retired)
         return self._find(name, tenant)
 
     def audit(self, *, name: str | None, after: int, limit: int) -> tuple[AuditEntry, ...]:

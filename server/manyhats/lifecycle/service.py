@@ -36,7 +36,6 @@ from manyhats.lifecycle.names import NearNames
 from manyhats.lifecycle.records import (
     Entry,
     Registration,
-    State,
     card_of,
     check_name,
     split_version,
@@ -102,7 +101,7 @@ class AdapterService:
             if version == BASELINE:
                 return None
         record = entry.find(version)
-        if record is None or record.state is not State.READY:
+        if record is None or record.retired:
             raise self._not_found(model, tenant)
         return record.ref
 
@@ -113,7 +112,7 @@ class AdapterService:
             for entry in self._registry.entries()
             if self._registry.may_use(entry, tenant)
             for record in entry.versions
-            if record.state is State.READY
+            if not record.retired
         ]
 
     def get(self, model: str, tenant: TenantId) -> AdapterCard:
@@ -141,6 +140,14 @@ class AdapterService:
         """The same of a name that is the tenant's own: what a change needs."""
         entry = self._registry.entry(name)
         if entry is None or entry.owner != tenant:
+            plain, version = split_version(name)
+            if version is not None:
+                self.entry(plain, tenant)  # raises where that is none either
+                raise ModelNotFoundError(
+                    f"{name} is a version: give the name alone here ({plain}), and the version "
+                    f"({version}) in its own field",
+                    param="name",
+                )
             raise self._not_found(name, tenant)
         return entry
 
@@ -324,7 +331,7 @@ class AdapterService:
         name, at, _ = model.partition("@")
         entry = self._registry.entry(name) if at else None
         usable = entry is not None and self._registry.may_use(entry, tenant)
-        known = [r for r in entry.versions if r.state is State.READY] if entry and usable else []
+        known = [r for r in entry.versions if not r.retired] if entry and usable else []
         if known:
             newest = ", ".join(str(r.ref) for r in reversed(known[-5:]))
             return ModelNotFoundError(f"{message}; the newest of it: {newest}", param="model")

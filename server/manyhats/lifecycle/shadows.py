@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from manyhats.lifecycle.records import State, split_version
+from manyhats.lifecycle.records import split_version
 from manyhats.lifecycle.registry import Registry
 from manyhats.types import AdapterRef, TenantId
 
@@ -34,5 +34,5 @@ class ShadowDirectory:
         if shadow is None or self._draw() * 100 >= shadow.percent:
             return None
         record = entry.find(shadow.version)
-        usable = record is not None and record.state is State.READY and record.ref != served
+        usable = record is not None and not record.retired and record.ref != served
         return record.ref if record is not None and usable else None

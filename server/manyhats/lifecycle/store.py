@@ -1,21 +1,25 @@
 """What the registry is kept in: one protocol, embedded (SQLite) or shared by replicas (Redis).
 
-A store holds one JSON document a name (``documents.py``), the audit log, and the key that draws
-callers to a canary. Each write is one transaction of a few documents and exactly one entry of the
-audit log, which must follow the newest one. So the log's end is the registry's revision: who has
+A store holds one JSON document a name (``documents.py``), texts that are too long for these (what
+an adapter is evaluated on, reports), the audit log, and the key that draws callers to a canary.
+Each write is one transaction of a few documents and texts and exactly one entry of the audit log,
+which must follow the newest one. So the log's end is the registry's revision: who has
 seen entry n knows every change up to it, and reads no more than the names of the entries after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from manyhats.lifecycle.audit import GENESIS, AuditEntry
 
 Documents = Mapping[str, str]
 """JSON texts by name."""
+
+Texts = Mapping[str, str | None]
+"""Long texts to be kept by key (``texts.py``); None: to be removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Dump:
     key: bytes
     documents: Documents
     entries: Sequence[AuditEntry]
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 class StaleHeadError(Exception):
@@ -71,8 +76,11 @@ class RegistryStore(Protocol):
     def read_names(self, names: Sequence[str]) -> tuple[Head, Documents]:
         """The documents of these names, where there are any, and the head that they are of."""
 
-    def write(self, entry: AuditEntry, documents: Documents) -> None:
-        """Set these documents and append ``entry``: all of it, or nothing.
+    def text(self, key: str) -> str | None:
+        """The text of this key, if there is one."""
+
+    def write(self, entry: AuditEntry, documents: Documents, texts: Texts | None = None) -> None:
+        """Set these documents and texts and append ``entry``: all of it, or nothing.
 
         Raises StaleHeadError unless ``entry`` follows the log's end. The same write a second time
         changes nothing.

@@ -1,10 +1,10 @@
 """The registry in Redis, shared by replicas. A write is one Lua script: all or nothing.
 
 Keys of one base, all under ``{manyhats:1:registry:<base>}:`` (the 1 is the format of the keyspace,
-the braces keep them on one node of a cluster): ``documents``, a hash from name to JSON; ``audit``,
-a stream whose id ``<n>-0`` is entry n; ``audit-names``, a sorted set of ``<name>\\0<n>``, by which
-a name's entries are found; ``head``, ``<n>:<hash>`` of the newest entry; ``key``. Who writes also
-publishes n to the channel ``wake``.
+the braces keep them on one node of a cluster): ``documents``, a hash from name to JSON; ``texts``,
+one from key to text; ``audit``, a stream whose id ``<n>-0`` is entry n; ``audit-names``, a sorted
+set of ``<name>\\0<n>``, by which a name's entries are found; ``head``, ``<n>:<hash>`` of the newest
+entry; ``key``. Who writes also publishes n to the channel ``wake``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import redis
 
 from manyhats.errors import ServiceError
 from manyhats.lifecycle.audit import AuditEntry, canonical
-from manyhats.lifecycle.store import Documents, Dump, Head, StaleHeadError
+from manyhats.lifecycle.store import Documents, Dump, Head, StaleHeadError, Texts
 from manyhats.tenancy.redis_client import connect
 
 _T = TypeVar("_T")
@@ -31,7 +31,13 @@ _WRITE: Final = """
 local head = redis.call('GET', KEYS[1]) or ARGV[1]
 if head == ARGV[2] then return 1 end
 if head ~= ARGV[3] then return 0 end
-for i = 8, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+local function set(key, first, last)
+  for i = first, last, 2 do redis.call('HSET', key, ARGV[i], ARGV[i + 1]) end
+end
+local texts, gone = 10 + 2 * ARGV[8], 10 + 2 * (ARGV[8] + ARGV[9])
+set(KEYS[2], 10, texts - 1)
+set(KEYS[5], texts, gone - 1)
+for i = gone, #ARGV do redis.call('HDEL', KEYS[5], ARGV[i]) end
 redis.call('XADD', KEYS[3], ARGV[4] .. '-0', 'entry', ARGV[5])
 redis.call('ZADD', KEYS[4], 0, ARGV[6])
 redis.call('SET', KEYS[1], ARGV[2])
@@ -50,8 +56,9 @@ class RedisRegistryStore:
 
     def __init__(self, url: str, base: str) -> None:
         prefix = f"{{manyhats:1:registry:{base}}}:"
-        self._head, self._documents, self._audit, self._names, self._wake, own = (
-            prefix + n for n in ("head", "documents", "audit", "audit-names", "wake", "key")
+        self._head, self._documents, self._texts, self._audit, self._names, self._wake, own = (
+            prefix + n
+            for n in ("head", "documents", "texts", "audit", "audit-names", "wake", "key")
         )
         self._redis = connect(url)
         self._slow = connect(url, _LOAD_TIMEOUT_S)  # all of a large registry takes its time
@@ -100,14 +107,21 @@ class RedisRegistryStore:
 
         return _known(run)
 
-    def write(self, entry: AuditEntry, documents: Documents) -> None:
+    def text(self, key: str) -> str | None:
         """See RegistryStore."""
+        found: str | None = _known(lambda: self._slow.hget(self._texts, key))
+        return found
+
+    def write(self, entry: AuditEntry, documents: Documents, texts: Texts | None = None) -> None:
+        """See RegistryStore."""
+        kept = {key: text for key, text in (texts or {}).items() if text is not None}
         head, before = Head.of(entry), Head(entry.seq - 1, entry.previous)
         arguments = [_end(Head()), _end(head), _end(before), entry.seq, canonical(entry.shown())]
-        arguments += [_member(entry.name, entry.seq), self._wake]
-        for name, text in documents.items():
-            arguments += [name, text]
-        keys = [self._head, self._documents, self._audit, self._names]
+        arguments += [_member(entry.name, entry.seq), self._wake, len(documents), len(kept)]
+        for key, text in (*documents.items(), *kept.items()):
+            arguments += [key, text]
+        arguments += [key for key, text in (texts or {}).items() if text is None]
+        keys = [self._head, self._documents, self._audit, self._names, self._texts]
         if not _known(lambda: self._script(keys=keys, args=arguments)):
             raise StaleHeadError
 
@@ -148,10 +162,11 @@ class RedisRegistryStore:
 
         def run() -> Dump:
             with self._slow.pipeline(transaction=True) as pipe:
-                pipe.hgetall(self._documents).xrange(self._audit).get(self._key_name)
-                documents, rows, key = pipe.execute()
+                pipe.hgetall(self._documents).hgetall(self._texts)
+                pipe.xrange(self._audit).get(self._key_name)
+                documents, texts, rows, key = pipe.execute()
             entries = tuple(_entry(fields) for _, fields in rows)
-            return Dump(bytes.fromhex(key), documents, entries)
+            return Dump(bytes.fromhex(key), documents, entries, texts)
 
         return _known(run)
 
@@ -160,10 +175,11 @@ class RedisRegistryStore:
 
         def run() -> None:
             with self._slow.pipeline(transaction=True) as pipe:
-                pipe.delete(self._head, self._documents, self._audit, self._names)
+                pipe.delete(self._head, self._documents, self._texts, self._audit, self._names)
                 pipe.set(self._key_name, dump.key.hex())
-                for some in _batches(dump.documents.items()):
-                    pipe.hset(self._documents, mapping=dict(some))
+                for key, of in ((self._documents, dump.documents), (self._texts, dump.texts)):
+                    for some in _batches(of.items()):
+                        pipe.hset(key, mapping=dict(some))
                 for entry in dump.entries:
                     text = canonical(entry.shown())
                     pipe.xadd(self._audit, {"entry": text}, id=f"{entry.seq}-0")

@@ -14,7 +14,7 @@ from manyhats.errors import ConfigError, ServiceError
 from manyhats.lifecycle import audit
 from manyhats.lifecycle.audit import AuditEntry
 from manyhats.lifecycle.database import open_database, rewritable, transaction
-from manyhats.lifecycle.store import Documents, Dump, Head, StaleHeadError
+from manyhats.lifecycle.store import Documents, Dump, Head, StaleHeadError, Texts
 
 _T = TypeVar("_T")
 
@@ -69,8 +69,16 @@ class SqliteRegistryStore:
 
         return self._run("read", read)
 
-    def write(self, entry: AuditEntry, documents: Documents) -> None:
+    def text(self, key: str) -> str | None:
         """See RegistryStore."""
+        query = "SELECT text FROM texts WHERE key = ?"
+        row = self._run("read", lambda db: db.execute(query, (key,)).fetchone())
+        return row[0] if row else None
+
+    def write(self, entry: AuditEntry, documents: Documents, texts: Texts | None = None) -> None:
+        """See RegistryStore."""
+        kept = [(key, text) for key, text in (texts or {}).items() if text is not None]
+        gone = [(key,) for key, text in (texts or {}).items() if text is None]
 
         def run(db: sqlite3.Connection) -> None:
             head = _head(db)
@@ -79,6 +87,8 @@ class SqliteRegistryStore:
             if head != Head(entry.seq - 1, entry.previous):
                 raise StaleHeadError
             db.executemany("INSERT OR REPLACE INTO documents VALUES (?, ?)", documents.items())
+            db.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?)", kept)
+            db.executemany("DELETE FROM texts WHERE key = ?", gone)
             audit.insert(db, entry)
 
         self._run("written", run)
@@ -97,7 +107,8 @@ class SqliteRegistryStore:
         def run(db: sqlite3.Connection) -> Dump:
             documents = dict(db.execute("SELECT name, text FROM documents"))
             entries = audit.read(db, name=None, after=0, limit=_head(db).seq)
-            return Dump(self.key, documents, entries)
+            texts = dict(db.execute("SELECT key, text FROM texts"))
+            return Dump(self.key, documents, entries, texts)
 
         return self._run("read", run)
 
@@ -106,11 +117,12 @@ class SqliteRegistryStore:
 
         def run(db: sqlite3.Connection) -> None:
             with rewritable(db):
-                for table in ("documents", "audit", "draw"):
-                    db.execute(f"DELETE FROM {table}")  # noqa: S608 - three words of our own
+                for table in ("documents", "texts", "audit", "draw"):
+                    db.execute(f"DELETE FROM {table}")  # noqa: S608 - four words of our own
                 db.execute("INSERT INTO draw VALUES (?)", (dump.key,))
                 rows = dump.documents.items()
                 db.executemany("INSERT INTO documents VALUES (?, ?)", rows)
+                db.executemany("INSERT INTO texts VALUES (?, ?)", dump.texts.items())
                 for entry in dump.entries:
                     audit.insert(db, entry)
 

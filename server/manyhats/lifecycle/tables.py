@@ -6,10 +6,10 @@ import json
 import sqlite3
 
 from manyhats.lifecycle import routes
-from manyhats.lifecycle.compositions import from_json
-from manyhats.lifecycle.documents import NameDocument, encode
-from manyhats.lifecycle.records import AdapterRecord, Entry, State
-from manyhats.types import AdapterRef, Digest, TenantId
+from manyhats.lifecycle.documents import UNKNOWN, NameDocument, encode
+from manyhats.lifecycle.records import AdapterRecord, Entry
+from manyhats.lifecycle.states import State
+from manyhats.types import AdapterRef, Composition, CompositionKind, Digest, TenantId
 
 
 def to_documents(db: sqlite3.Connection) -> None:
@@ -28,7 +28,7 @@ def _read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
         "nbytes, created, source, actor, revision, composition FROM adapters ORDER BY name, version"
     ):
         family, max_rank, nbytes, created, source, actor, revision, stored = rest
-        composition = None if stored is None else from_json(stored)
+        composition = None if stored is None else composition_of(stored)
         record = AdapterRecord(
             AdapterRef(name, version, Digest(digest), virtual_tokens, composition),
             TenantId(tenant),
@@ -37,7 +37,7 @@ def _read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
             nbytes,
             created,
             source,
-            State(state),
+            State.RETIRED if state == "retired" else State.CHECKED,
             actor,
             revision,
             json.loads(metadata),
@@ -47,4 +47,19 @@ def _read_entries(db: sqlite3.Connection) -> dict[str, Entry]:
         name: routes.parse(json.loads(route))
         for name, route in db.execute("SELECT name, route FROM routes")
     }
-    return {name: Entry(tuple(records), found[name]) for name, records in versions.items()}
+    return {
+        name: Entry(tuple(records), found[name], began=UNKNOWN)
+        for name, records in versions.items()
+    }
+
+
+def composition_of(text: str) -> Composition:
+    """The tables' form of it: members pinned to their versions, with what those consist of."""
+    stored = json.loads(text)
+    kind = CompositionKind(stored["kind"])
+    members = tuple(
+        AdapterRef(name, version, Digest(digest), virtual, *map(composition_of, rest))
+        for name, version, digest, virtual, _, *rest in stored["members"]
+    )
+    weights = tuple(row[4] for row in stored["members"])
+    return Composition(kind, members, () if None in weights else weights)

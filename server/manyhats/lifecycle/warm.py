@@ -20,7 +20,6 @@ import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyhats.lifecycle.loading import Residency
-from manyhats.lifecycle.records import State
 from manyhats.lifecycle.registry import Registry
 from manyhats.types import AdapterRef, Digest
 
@@ -129,7 +128,7 @@ def known(registry: Registry, hot: Iterable[HotAdapter]) -> list[AdapterRef]:
     for each in hot:
         entry = registry.entry(each.name)
         record = entry.find(each.version) if entry is not None else None
-        if record is not None and record.state is State.READY and record.ref.digest == each.digest:
+        if record is not None and not record.retired and record.ref.digest == each.digest:
             refs.append(record.ref)
     return refs
 

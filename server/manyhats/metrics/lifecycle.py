@@ -27,6 +27,18 @@ class LifecycleMetrics:
             ("adapter",),
             registry=registry,
         )
+        self._resident = Counter(
+            "manyhats_adapter_resident_seconds",
+            "Time that an adapter's versions were on the device.",
+            ("adapter",),
+            registry=registry,
+        )
+        self._held = Gauge(
+            "manyhats_adapter_bytes",
+            "Bytes that an adapter's versions take.",
+            ("adapter",),
+            registry=registry,
+        )
         self._versions = Counter(
             "manyhats_gc_versions", "Retired versions collected.", registry=registry
         )
@@ -38,6 +50,20 @@ class LifecycleMetrics:
         for measure, value in values.items():
             self._evaluation.labels(label, measure).set(math.nan if value is None else value)
         self._passed.labels(label).set(passed)
+
+    def occupied(self, adapter: str, seconds: int) -> None:
+        """An adapter was on the device for so long."""
+        self._resident.labels(self._cap.label(adapter)).inc(seconds)
+
+    def sized(self, nbytes: Mapping[str, int]) -> None:
+        """What the versions of every adapter take now."""
+        found: dict[str, int] = {}
+        for adapter, size in nbytes.items():
+            label = self._cap.label(adapter)
+            found[label] = found.get(label, 0) + size
+        self._held.clear()
+        for label, size in found.items():
+            self._held.labels(label).set(size)
 
     def collected(self, versions: int, nbytes: int) -> None:
         """So much was removed that had had its time."""

@@ -102,10 +102,6 @@ class BlockManager:
         self.query_tokens -= len(seq.token_ids)
         self.free(seq)
 
-    def can_allocate(self, seq: Sequence, upto: int) -> bool:
-        """Whether ``allocate`` would succeed."""
-        return self.needed(upto) - len(seq.block_ids) <= self.num_free
-
     def allocate(self, seq: Sequence, upto: int) -> bool:
         """Give the sequence blocks for the positions below ``upto``: all, or none (False)."""
         missing = self.needed(upto) - len(seq.block_ids)

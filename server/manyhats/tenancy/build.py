@@ -9,12 +9,9 @@ from pathlib import Path
 from manyhats.config import Settings
 from manyhats.tenancy.directory import TenantDirectory
 from manyhats.tenancy.limiter import Limiter, MemoryLimiter
-from manyhats.tenancy.limiter_redis import RedisLimiter
 from manyhats.tenancy.store import TenantStore
-from manyhats.tenancy.store_redis import RedisTenantStore
 from manyhats.tenancy.store_sqlite import SqliteTenantStore
 from manyhats.tenancy.usage import UsageLedger, UsageStore
-from manyhats.tenancy.usage_redis import RedisUsageStore
 from manyhats.tenancy.usage_sqlite import SqliteUsageStore
 
 
@@ -36,6 +33,9 @@ def open_stores(settings: Settings, path: Path) -> tuple[TenantStore, UsageStore
     if settings.redis_url is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         return SqliteTenantStore(path), SqliteUsageStore(path)
+    from manyhats.tenancy.store_redis import RedisTenantStore  # redis only where it is used
+    from manyhats.tenancy.usage_redis import RedisUsageStore
+
     url = settings.redis_url.get_secret_value()
     return RedisTenantStore(url), RedisUsageStore(url)
 
@@ -50,6 +50,8 @@ def open_tenancy(settings: Settings, path: Path) -> Tenancy:
     if settings.redis_url is None:
         limiter: Limiter = MemoryLimiter(used_today=usage.tokens_today())
     else:
+        from manyhats.tenancy.limiter_redis import RedisLimiter
+
         limiter = RedisLimiter(settings.redis_url.get_secret_value())
     return Tenancy(TenantDirectory(tenants), limiter, usage, _closing(tenants, kept))
 

@@ -30,11 +30,14 @@ class UsageKey(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Requests that the engine took, and their tokens."""
+    """Requests that the engine took, and their tokens; ``resident_s``: seconds that an adapter of
+    the tenant's own was on a device.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    resident_s: int = 0
 
     def plus(self, other: Counts) -> Counts:
         """The sum."""
@@ -46,13 +49,21 @@ Tally = Mapping[UsageKey, Counts]
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """Requests that the engine took, and their tokens. ``adapter`` None: the bare base."""
+    """See ``Counts``. ``adapter`` None: the bare base; ``nbytes``: what the versions of an adapter
+    of the tenant's own take now.
+    """
 
     tenant: str
     adapter: str | None
-    requests: int
-    prompt_tokens: int
-    output_tokens: int
+    requests: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    resident_s: int = 0
+    nbytes: int = 0
+
+
+Sizes = Callable[[], Mapping[tuple[str, str | None], int]]
+"""Bytes of adapters by owner and name."""
 
 
 class UsageStore(Protocol):
@@ -78,7 +89,8 @@ class UsageLedger:
     """Counts in memory, and with ``store`` beyond this process. Thread-safe.
 
     It has a row for each day, tenant and adapter that was used, ``days`` of them, so it is bounded
-    by who may use what. ``clock`` gives Unix seconds.
+    by who may use what. ``clock`` gives Unix seconds; ``sizes``, which may be set later, what
+    adapters take now.
     """
 
     def __init__(
@@ -88,6 +100,7 @@ class UsageLedger:
         days: int = 400,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self.sizes: Sizes = dict
         self._clock = clock
         self._store = store
         self._days = days
@@ -106,20 +119,32 @@ class UsageLedger:
 
     def add(self, tenant: str, adapter: str | None, prompt: int, output: int) -> None:
         """One request has ended."""
+        self._count(tenant, adapter, Counts(1, prompt, output))
+
+    def occupied(self, tenant: str, adapter: str, seconds: int) -> None:
+        """An adapter of the tenant's own was on a device for so long."""
+        self._count(tenant, adapter, Counts(resident_s=seconds))
+
+    def _count(self, tenant: str, adapter: str | None, counts: Counts) -> None:
         key = UsageKey(self._today(), tenant, adapter)
         with self._lock:
-            self._counts[key] = self._counts.get(key, Counts()).plus(Counts(1, prompt, output))
+            self._counts[key] = self._counts.get(key, Counts()).plus(counts)
 
     def rows(self, days: int | None = None) -> list[UsageRow]:
-        """What was counted in the last ``days`` (default: all that are kept), by tenant, then
-        adapter, the bare base first. With a store, all replicas' and blocking; raises ServiceError.
+        """What was counted in the last ``days`` (default: all that are kept), and what adapters
+        take, by tenant, then adapter, the bare base first. With a store, all replicas' and
+        blocking; raises ServiceError.
         """
         since = self._today() - (self._days if days is None else days) + 1
         sums: dict[tuple[str, str | None], Counts] = {}
         for (_, tenant, adapter), counts in self._items(since):
             pair = tenant, adapter
             sums[pair] = sums.get(pair, Counts()).plus(counts)
-        rows = [UsageRow(tenant, adapter, *counts) for (tenant, adapter), counts in sums.items()]
+        sizes = self.sizes()
+        rows = [
+            UsageRow(*pair, *sums.get(pair, Counts()), nbytes=sizes.get(pair, 0))
+            for pair in {**sums, **sizes}
+        ]
         return sorted(rows, key=lambda r: (r.tenant, r.adapter is not None, r.adapter or ""))
 
     def tokens_today(self) -> Mapping[str, int]:

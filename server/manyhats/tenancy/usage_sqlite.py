@@ -16,9 +16,12 @@ _TABLES: Final = (
     # The adapter '' is the bare base: a key's column cannot be null.
     "CREATE TABLE IF NOT EXISTS usage (day INTEGER NOT NULL, tenant TEXT NOT NULL, "
     "adapter TEXT NOT NULL, requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, "
-    "output_tokens INTEGER NOT NULL, PRIMARY KEY (day, tenant, adapter)) WITHOUT ROWID",
+    "output_tokens INTEGER NOT NULL, resident_s INTEGER NOT NULL DEFAULT 0, "
+    "PRIMARY KEY (day, tenant, adapter)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS usage_batches (n INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL)",
 )
+_WITH_RESIDENCE: Final = "ALTER TABLE usage ADD COLUMN resident_s INTEGER NOT NULL DEFAULT 0"
+"""For a file of a server that did not count it."""
 
 
 class SqliteUsageStore:
@@ -35,6 +38,9 @@ class SqliteUsageStore:
             with self._db:
                 for table in _TABLES:
                     self._db.execute(table)
+                columns = {row[1] for row in self._db.execute("PRAGMA table_info(usage)")}
+                if "resident_s" not in columns:
+                    self._db.execute(_WITH_RESIDENCE)
         except sqlite3.Error as exc:
             raise ConfigError(f"the usage in {path} cannot be opened: {exc}") from exc
 
@@ -47,11 +53,12 @@ class SqliteUsageStore:
                 if not added.rowcount:
                     return
                 db.executemany(
-                    "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?) "
+                    "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) "
                     "ON CONFLICT (day, tenant, adapter) DO UPDATE SET "
                     "requests = requests + excluded.requests, "
                     "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
-                    "output_tokens = output_tokens + excluded.output_tokens",
+                    "output_tokens = output_tokens + excluded.output_tokens, "
+                    "resident_s = resident_s + excluded.resident_s",
                     rows,
                 )
                 db.execute("DELETE FROM usage WHERE day < ?", (oldest,))
@@ -78,7 +85,7 @@ class SqliteUsageStore:
         try:
             with self._lock, self._db as db:
                 db.execute("DELETE FROM usage")
-                db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?)", rows)
+                db.executemany("INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         except sqlite3.Error as exc:
             raise ServiceError(f"the usage cannot be written: {exc}") from exc
 

@@ -172,7 +172,8 @@ class AllowList:
                 (parts.path.rstrip("/") + "/").startswith(prefix)
             ):
                 return parts
-        raise _not_allowed(f"{parts.scheme}://{parts.host}{parts.path}", redirected=redirected)
+        at = urlsplit(url).netloc  # with the port: another one is another place
+        raise _not_allowed(f"{parts.scheme}://{at}{parts.path}", redirected=redirected)
 
     def addresses(self, host: str, port: int) -> list[str]:
         """What ``host`` leads to now, as far as a connection may go there.

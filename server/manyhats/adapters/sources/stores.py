@@ -7,7 +7,8 @@ from typing import Any, Final
 import fsspec
 
 from manyhats.adapters.sources.partial import PartialFile
-from manyhats.errors import AdapterRejectedError, ServiceError
+from manyhats.adapters.sources.progress import CancelledFetchError
+from manyhats.errors import AdapterRejectedError, ManyhatsError, ServiceError
 
 _CHUNK: Final = 1 << 20
 
@@ -35,7 +36,9 @@ class StoreFetcher:
             return self._fetch(system, path, file)
         except FileNotFoundError:
             return False
-        except OSError as error:
+        except (ManyhatsError, CancelledFetchError):
+            raise
+        except Exception as error:  # each store's library has exceptions of its own
             raise ServiceError(f"{url} cannot be read: {error}", param="source") from error
 
     def _fetch(self, system: Any, path: str, file: PartialFile) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
-from scipy.special import chdtri, gammaln
 
 from manyhats.drift.signals import Worse
 from manyhats.drift.sketches import NumberSketch
@@ -99,6 +98,8 @@ def _tail(drawn: int, draws: int, marked: int, population: int) -> float:
 
 def _choose(n: int, k: np.ndarray) -> np.ndarray:
     """log of the binomial coefficient; -inf where it is 0."""
+    from scipy.special import gammaln  # here: it would take half a second of every start
+
     inside = (k >= 0) & (k <= n)
     k = np.where(inside, k, 0)
     found = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
@@ -151,4 +152,6 @@ def psi_threshold(bins: int, reference: int, window: int, alpha: float) -> float
     It is about (1/n + 1/m) chi-squared with bins - 1 degrees of freedom (Yurdakul 2018, Statistical
     Properties of Population Stability Index), not the 0.1 and 0.25 of folklore.
     """
+    from scipy.special import chdtri
+
     return float((1 / reference + 1 / window) * chdtri(max(1, bins - 1), alpha))

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# isort: off
+from manyhats.engine.model import lean as _lean  # noqa: F401  # before transformers
+
+# isort: on
 import torch
 import transformers
 from torch import nn

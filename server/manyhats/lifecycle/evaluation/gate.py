@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +10,6 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 _Bound = Annotated[float | None, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-
-
-class Require(enum.StrEnum):
-    """What a version needs before requests may be routed to it.
-
-    ``none``: that it has failed no evaluation. ``evaluated``: that it has passed one.
-    """
-
-    NONE = "none"
-    EVALUATED = "evaluated"
 
 
 class Thresholds(BaseModel):
@@ -35,12 +24,12 @@ class Thresholds(BaseModel):
     own_perplexity_to_base: _Bound = 1.05
     own_exact_match_over_stable: _Bound = -0.05
     own_exact_match_over_base: _Bound = -0.05
-    general_perplexity_to_stable: _Bound = 1.5
-    general_perplexity_to_base: _Bound = 4.0
-    general_exact_match_over_base: _Bound = -0.3
-    general_divergence: _Bound = 2.0
-    calibration_error: _Bound = 0.3
-    robustness_over_base: _Bound = -0.2
+    general_perplexity_to_stable: _Bound = 1.25
+    general_perplexity_to_base: _Bound = 2.0
+    general_exact_match_over_base: _Bound = -0.15
+    general_divergence: _Bound = 1.5
+    calibration_error: _Bound = 0.2
+    robustness_over_base: _Bound = -0.15
     rules_kept: _Bound = 1.0
 
 

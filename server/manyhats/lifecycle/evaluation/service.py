@@ -18,11 +18,13 @@ from manyhats.errors import (
     ConflictError,
     EngineFailedError,
     ManyhatsError,
+    ModelNotFoundError,
     NotFoundError,
     QueueFullError,
     RequestError,
 )
-from manyhats.lifecycle.evaluation.gate import Require, Row, Thresholds, judge
+from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.evaluation.gate import Thresholds, judge
 from manyhats.lifecycle.evaluation.probes import (
     Pair,
     Rule,
@@ -36,6 +38,7 @@ from manyhats.lifecycle.evaluation.run import Plan, Progress, ScoredPair, measur
 from manyhats.lifecycle.evaluation.store import EvaluationSettings, EvaluationStore
 from manyhats.lifecycle.records import Entry, Registration
 from manyhats.lifecycle.routes import BASELINE
+from manyhats.lifecycle.states import Require, Verdict
 from manyhats.types import AdapterRef, TenantId
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ class _Job:
     ref: AdapterRef
     progress: Progress
     started: float
+    cause: Cause
     error: str = ""
     task: asyncio.Task[None] | None = None
 
@@ -88,6 +92,15 @@ class EvaluationService:
         self.ended: Ended | None = None
         self._jobs: dict[tuple[TenantId, str, int], _Job] = {}
         self._turn = asyncio.Lock()
+        self._told: dict[str, Verdict] = {}
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell ``observe`` of each name's newest verdict, whichever server gave it, once."""
+        for name, verdict in self._store.verdicts():
+            if self._told.get(name) != verdict:
+                self._told[name] = verdict
+                self._observe(name, verdict.values, verdict.passed)
 
     # -- what a name is asked and judged by
 
@@ -102,6 +115,7 @@ class EvaluationService:
         self,
         name: str,
         tenant: TenantId,
+        cause: Cause,
         *,
         data: str | None = None,
         rules: str | None = None,
@@ -111,36 +125,29 @@ class EvaluationService:
         """Replace what is given. Raises ModelNotFoundError, RequestError, ServiceError."""
         self._names.entry(name, tenant)
         self.check(data, rules)
-        self._store.write(
-            tenant, name, data=data, rules=rules, thresholds=thresholds, require=require
+        return self._store.write(
+            name, cause, data=data, rules=rules, thresholds=thresholds, require=require
         )
-        return self._store.settings(tenant, name)
 
     def settings(self, name: str, tenant: TenantId) -> EvaluationSettings:
         """What is there. Raises ModelNotFoundError, ServiceError."""
-        self._names.entry(name, tenant)
-        return self._store.settings(tenant, name)
-
-    def forget(self, name: str, tenant: TenantId) -> None:
-        """The name is deleted."""
-        for key in [k for k in self._jobs if k[:2] == (tenant, name)]:
-            del self._jobs[key]
-        self._store.forget(tenant, name)
+        return self._store.settings(self._names.entry(name, tenant))
 
     # -- running
 
-    async def start(self, name: str, tenant: TenantId, version: int | None) -> dict[str, Any]:
+    async def start(
+        self, name: str, tenant: TenantId, version: int | None, cause: Cause | None = None
+    ) -> dict[str, Any]:
         """Begin to evaluate a version (None: the newest), or find it on its way.
+
+        ``cause``: what the audit log keeps with the verdict.
 
         Raises ModelNotFoundError, ConflictError (retired, or an ensemble, which cannot be scored),
         QueueFullError, ServiceError.
         """
         entry = self._names.entry(name, tenant)
         number = version or entry.versions[-1].ref.version
-        entry.ready(number)
-        record = entry.find(number)
-        if record is None:
-            raise ValueError(f"{name}@{number} is ready and not there")
+        record = entry.get(entry.ready(number))
         _check_scorable(record.ref)
         key = (tenant, name, number)
         job = self._jobs.get(key)
@@ -150,9 +157,14 @@ class EvaluationService:
                 raise QueueFullError(
                     f"{running} evaluations run or wait, of at most {MAX_JOBS}", retry_after_s=10
                 )
-            settings = await asyncio.to_thread(self._store.settings, tenant, name)
+            failed = [k for k, j in self._jobs.items() if j.error]
+            for old in failed[:-MAX_JOBS]:
+                del self._jobs[old]
+            settings = await asyncio.to_thread(self._store.settings, entry)
             plan = self._plan(entry, record.ref, tenant, settings)
-            job = self._jobs[key] = _Job(record.ref, Progress(plan.probes), time.time())
+            job = self._jobs[key] = _Job(
+                record.ref, Progress(plan.probes), time.time(), cause or Cause()
+            )
             job.task = asyncio.create_task(self._run(key, job, plan, settings))
         return {"adapter": str(record.ref), **job.shown()}
 
@@ -198,13 +210,22 @@ class EvaluationService:
                 "lanes": measured.lanes,
                 "rules": measured.rules,
             }
-            await asyncio.to_thread(self._store.keep_report, *key, report)
-            self._observe(plan.candidate.name, {r.measure: r.value for r in rows}, passed)
+            verdict = Verdict(
+                at=int(time.time()),
+                passed=passed,
+                own=bool(plan.own or plan.rules),
+                values={row.measure: row.value for row in rows},
+                failed=tuple(row.described() for row in rows if not row.passed),
+            )
+            await asyncio.to_thread(self._store.keep, job.ref, job.cause, verdict, report)
+            self.tell()
             if self.ended is not None:
                 await asyncio.to_thread(self.ended, plan, measured.pairs, report)
             del self._jobs[key]
             logger.info(
-                "evaluation of %s: %s", plan.candidate, "passed" if passed else _failed(rows)
+                "evaluation of %s: %s",
+                plan.candidate,
+                "passed" if passed else f"failed: {'; '.join(verdict.failed)}",
             )
         except* asyncio.CancelledError:
             job.error = "the server stopped"
@@ -219,13 +240,10 @@ class EvaluationService:
 
     def shown(self, name: str, tenant: TenantId, version: int) -> dict[str, Any]:
         """State and report of a version. Raises ModelNotFoundError, ServiceError."""
-        entry = self._names.entry(name, tenant)
-        if entry.find(version) is None:
-            entry.ready(version)
-        report = self._store.report(tenant, name, version)
+        record = self._names.entry(name, tenant).get(version)
+        report = self._store.report(name, version) if record.verdict else None
         job = self._jobs.get((tenant, name, version))
-        state = "checked" if report is None else "ready" if report["passed"] else "rejected"
-        shown: dict[str, Any] = {"state": state, "report": report}
+        shown: dict[str, Any] = {"state": record.state.value, "report": report}
         if job is not None:
             shown["job"] = job.shown()
             if not job.error:
@@ -243,21 +261,26 @@ class EvaluationService:
         """Why requests should not be routed to a version, None where nothing speaks against it."""
         if version == BASELINE:
             return None
-        report = self._store.report(tenant, name, version)
-        if report is not None and not report["passed"]:
-            rows = [row for row in report["rows"] if not row["passed"]]
-            told = "; ".join(_row(row) for row in rows[:3])
+        entry = self._names.entry(name, tenant)
+        verdict, require = entry.get(version).verdict, entry.demands.require
+        if verdict is not None and not verdict.passed:
+            told = "; ".join(verdict.failed[:3])
             return f"{name}@{version} has failed its evaluation: {told}"
-        if report is None and self._store.require(tenant, name) is Require.EVALUATED:
-            return f"{name}@{version} was not evaluated, which {name!r} requires"
-        return None
+        if require.met_by(verdict):
+            return None
+        on = " on pairs or rules of its own" if require is Require.READY else ""
+        return f"{name}@{version} was not evaluated{on}, which {name!r} requires"
 
     def admitted(self, name: str, tenant: TenantId, told: Registration) -> Registration:
         """A registration under what the name requires: a new version is not routed to unseen.
 
         Raises ConflictError where it asks for just that.
         """
-        if self._store.require(tenant, name) is not Require.EVALUATED:
+        try:
+            require = self._names.entry(name, tenant).demands.require
+        except ModelNotFoundError:
+            return told
+        if require is Require.NONE:
             return told
         if told.promote:
             raise ConflictError(
@@ -300,14 +323,6 @@ def _first(errors: BaseExceptionGroup[ManyhatsError]) -> ManyhatsError:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error if isinstance(error, ManyhatsError) else EngineFailedError(str(error))
-
-
-def _failed(rows: tuple[Row, ...]) -> str:
-    return "failed: " + "; ".join(row.described() for row in rows if not row.passed)
-
-
-def _row(row: Mapping[str, Any]) -> str:
-    return Row(row["measure"], row["value"], row["bound"], False).described()
 
 
 def _check_scorable(ref: AdapterRef) -> None:

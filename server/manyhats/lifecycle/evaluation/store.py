@@ -1,36 +1,25 @@
-"""Evaluations at rest: what an adapter is asked and judged by, and each version's last report.
+"""Evaluations at rest, in the registry: what an adapter is asked and judged by goes with the name,
+a verdict with its version, and what is long (pairs, rules, whole reports) beside the documents.
 
-::
-
-    root/<tenant>/<name>/settings.json   thresholds, what promotion requires
-    root/<tenant>/<name>/data.jsonl      pairs, as they were given
-    root/<tenant>/<name>/rules.jsonl     rules, as they were given
-    root/<tenant>/<name>/<version>.json  the last report of a version
-
-A file appears whole: written beside its place, then renamed. Version numbers never come again, so a
-report never comes to speak of another version; names do, so a name's folder goes with the name.
+So every server of a shared registry has them, a backup too, and a change is in the audit log.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import orjson
 
-from manyhats.errors import ServiceError
-from manyhats.lifecycle.evaluation.gate import Require, Thresholds
+from manyhats.lifecycle.audit import Cause
+from manyhats.lifecycle.evaluation.gate import Thresholds
 from manyhats.lifecycle.evaluation.probes import Pair, Rule, read_pairs, read_rules
-from manyhats.types import TenantId
-
-_DATA: Final = "data.jsonl"
-_RULES: Final = "rules.jsonl"
-_SETTINGS: Final = "settings.json"
+from manyhats.lifecycle.records import Entry
+from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.states import Demands, Require, Verdict
+from manyhats.lifecycle.texts import DATA, RULES, text_key
+from manyhats.types import AdapterRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,93 +33,64 @@ class EvaluationSettings:
 
 
 class EvaluationStore:
-    """The files under ``root``. Every call blocks on the disk and may raise ServiceError."""
+    """The evaluations in ``registry``. Every call may block on its store, and raises ServiceError
+    where that fails, ModelNotFoundError where the name or the version is gone.
+    """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
 
-    def settings(self, tenant: TenantId, name: str) -> EvaluationSettings:
+    def settings(self, entry: Entry) -> EvaluationSettings:
         """Those of a name; the defaults where nothing was said."""
-        folder = self._folder(tenant, name)
-        kept = self._read(folder / _SETTINGS)
-        said = orjson.loads(kept) if kept is not None else {}
         return EvaluationSettings(
-            data=read_pairs((self._read(folder / _DATA) or b"").decode()),
-            rules=read_rules((self._read(folder / _RULES) or b"").decode()),
-            thresholds=Thresholds.model_validate(said.get("thresholds", {})),
-            require=Require(said.get("require", Require.NONE)),
+            data=read_pairs(self._registry.text(entry.name, DATA) or ""),
+            rules=read_rules(self._registry.text(entry.name, RULES) or ""),
+            thresholds=Thresholds.model_validate(dict(entry.demands.thresholds)),
+            require=entry.demands.require,
         )
-
-    def require(self, tenant: TenantId, name: str) -> Require:
-        """What promotion requires, without reading the probes."""
-        kept = self._read(self._folder(tenant, name) / _SETTINGS)
-        return Require(orjson.loads(kept)["require"]) if kept is not None else Require.NONE
 
     def write(
         self,
-        tenant: TenantId,
         name: str,
+        cause: Cause,
         *,
         data: str | None,
         rules: str | None,
         thresholds: Thresholds | None,
         require: Require | None,
-    ) -> None:
-        """Replace what is given; None leaves what is there."""
-        folder = self._folder(tenant, name)
-        if thresholds is not None or require is not None:
-            kept = self._read(folder / _SETTINGS)
-            said = orjson.loads(kept) if kept is not None else {}
-            said["thresholds"] = (
-                thresholds.model_dump(exclude_unset=True)
-                if thresholds is not None
-                else said.get("thresholds", {})
-            )
-            said["require"] = (require or Require(said.get("require", Require.NONE))).value
-            self._write(folder / _SETTINGS, orjson.dumps(said))
-        if data is not None:
-            self._write(folder / _DATA, data.encode())
-        if rules is not None:
-            self._write(folder / _RULES, rules.encode())
+    ) -> EvaluationSettings:
+        """Replace what is given; None leaves what is there, an empty text removes it."""
 
-    def report(self, tenant: TenantId, name: str, version: int) -> dict[str, Any] | None:
+        def update(demands: Demands) -> Demands:
+            said = None if thresholds is None else thresholds.model_dump(exclude_unset=True)
+            return Demands(demands.thresholds if said is None else said, require or demands.require)
+
+        given = {DATA: data, RULES: rules}
+        texts = {text_key(name, k): text or None for k, text in given.items() if text is not None}
+        return self.settings(self._registry.change_demands(name, cause, update, texts))
+
+    def verdicts(self) -> Iterator[tuple[str, Verdict]]:
+        """The newest verdict of each name, of one second the newest version's."""
+        for entry in self._registry.entries():
+            found = [record.verdict for record in reversed(entry.versions) if record.verdict]
+            if found:
+                yield entry.name, max(found, key=lambda verdict: verdict.at)
+
+    def report(self, name: str, version: int) -> dict[str, Any] | None:
         """A version's last report."""
-        kept = self._read(self._folder(tenant, name) / f"{version}.json")
+        kept = self._registry.text(name, version)
         return None if kept is None else dict(orjson.loads(kept))
 
-    def keep_report(
-        self, tenant: TenantId, name: str, version: int, report: Mapping[str, Any]
+    def keep(
+        self, ref: AdapterRef, cause: Cause, verdict: Verdict, report: Mapping[str, Any]
     ) -> None:
-        """Make this the version's last report."""
-        self._write(self._folder(tenant, name) / f"{version}.json", orjson.dumps(dict(report)))
-
-    def forget(self, tenant: TenantId, name: str) -> None:
-        """The name is gone."""
-        try:
-            shutil.rmtree(self._folder(tenant, name))
-        except FileNotFoundError:
-            return
-        except OSError as exc:
-            raise ServiceError(f"the evaluations of {name!r} cannot be removed: {exc}") from exc
-
-    def _folder(self, tenant: TenantId, name: str) -> Path:
-        return self._root / tenant / name
-
-    def _read(self, path: Path) -> bytes | None:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            raise ServiceError(f"an evaluation cannot be read: {exc}") from exc
-
-    def _write(self, path: Path, content: bytes) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except OSError as exc:
-            raise ServiceError(f"an evaluation cannot be written: {exc}") from exc
+        """Make this the version's last verdict, and its report, in one change."""
+        texts = {text_key(ref.name, ref.version): orjson.dumps(report).decode()}
+        self._registry.change_version(
+            ref.name,
+            ref.version,
+            "evaluate",
+            cause,
+            lambda entry, record: record.judged(verdict),
+            texts,
+        )
