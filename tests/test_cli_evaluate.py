@@ -77,6 +77,7 @@ def test_evaluate_and_promote(run, tmp_path):
 
 
 def test_json_and_errors(run, tmp_path):
+    run("gate", "a", "--thresholds", '{"general_divergence": 3, "calibration_error": null}')
     report = json.loads(run("evaluate", "a@1", "--wait", "--json"))
     assert report["report"]["passed"] is True
     assert json.loads(run("evaluate", "a@2", "--json"))["total"] == 168

@@ -42,6 +42,7 @@ from manyhats.api.readiness import Readiness
 from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.engine.build import Engine, build_engine
+from manyhats.engine.device_memory import device_memory
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
@@ -119,6 +120,7 @@ def build(settings: Settings) -> Application:
     weights = LoadedWeights(site_modules(base.module, base.spec))
     compile_folder = partial(_compile_folder, settings=settings, base=base, base_weights=weights)
     metrics = Metrics(settings.metrics_adapters, max_tenant_labels=settings.metrics_tenants)
+    metrics.watch_device(partial(device_memory, base.device))
     loads = LoadLog(metrics) if telemetry_wanted(settings) else None
     engine = build_engine(
         settings,

@@ -163,7 +163,7 @@ def _drift(
     """Drift detection, unless it is switched off."""
     if not settings.drift:
         return None
-    return open_drift(
+    drift = open_drift(
         settings,
         path,
         names=adapters,
@@ -174,6 +174,8 @@ def _drift(
         longest=engine.client.max_compared_tokens,
         evaluations=evaluations,
     )
+    evaluations.ended = drift.evaluated
+    return drift
 
 
 async def _compare(

@@ -94,6 +94,13 @@ def test_noise_is_measured_refused_and_promoted_by_force_alone(tmp_path):
         assert started["total"] == 6 + 3 * GENERAL
         assert (good["state"], good["report"]["passed"]) == ("ready", True)
         assert good["report"]["against"] is None
+        drift = await client.call("GET", "/a/drift")
+        seen = drift["versions"][0]["signals"]
+        assert [(o["by"], o["passed"]) for o in drift["validation"]["series"]] == [
+            ("evaluation", True)
+        ]
+        assert {seen[n]["evaluation"]["reference"]["count"] for n in ("kl", "prompt_tokens")} == {6}
+        assert seen["output_tokens"]["evaluation"]["reference"]["mean"] == pytest.approx(2)
         assert "own_perplexity_to_stable" not in rows(good)
         assert rows(good)["own_perplexity_to_base"]["value"] == pytest.approx(1, abs=0.05)
 

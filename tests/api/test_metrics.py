@@ -2,17 +2,22 @@
 
 import re
 import threading
+from collections import Counter
 from dataclasses import replace
 
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from support.fake_engine import FakeEngine
 
 from manyhats.engine.interface import EngineObserver, EngineStats
 from manyhats.metrics import LabelCap, Metrics
+from manyhats.metrics.labels import EPOCH_S, LOOK
 from manyhats.types import FinishReason
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    lines = metrics.render().decode().splitlines()
+    lines = metrics.render()[0].decode().splitlines()
     return {
         name: float(value)
         for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))
@@ -44,6 +49,7 @@ def full(max_labels: int = 10) -> Metrics:
     metrics.lifecycle.sized({"pirate": 1000})
     metrics.kernels("native")
     metrics.watch(FakeEngine().stats)
+    metrics.watch_device(lambda: (3 << 30, 8 << 30))
     metrics.drift.scored("pirate", "kl", 0.5)
     metrics.drift.compared("pirate", "kl", psi=0.1, ks=0.2)
     metrics.drift.e_value("pirate", "kl", 1.0)
@@ -93,6 +99,7 @@ def test_the_snapshot_and_the_gateways_gauges():
         "manyhats_kv_blocks_used": 25, "manyhats_slots": 8, "manyhats_slots_used": 2,
         "manyhats_rows": 128, "manyhats_rows_used": 32, "manyhats_host_bytes": 5000,
         "manyhats_host_bytes_used": 1000, "manyhats_leases": 2, "manyhats_steps_total": 11,
+        "manyhats_device_memory_bytes": 8 << 30, "manyhats_device_memory_used_bytes": 3 << 30,
         "manyhats_failed_steps_total": 1, 'manyhats_adapter_leases{adapter="pirate"}': 2,
         'manyhats_adapter_leases{adapter="haiku"}': 0, "vllm:num_requests_running": 3,
         "vllm:num_requests_waiting": 4, "vllm:kv_cache_usage_perc": 0.25,
@@ -164,6 +171,88 @@ def test_the_cap_holds_in_every_series():
     assert len(samples(metrics)) == after < 2 * before
 
 
+def finish(metrics: Metrics, name: str, times: int) -> None:
+    for _ in range(times):
+        metrics.finished(name, FinishReason.STOP, 1, 0, 1, 0.1)
+
+
+def test_the_busiest_names_have_the_labels():
+    metrics = Metrics(2)
+    for name in ("early", "steady", "late"):
+        finish(metrics, name, 1)
+    metrics.drift.scored("early", "kl", 0.5)
+    finish(metrics, "steady", 300)
+    finish(metrics, "late", 600)
+    metrics.drift.scored("late", "kl", 0.25)
+    seen = samples(metrics)
+    labels = {m for name in seen for m in re.findall(r'adapter="([^"]*)"', name)}
+    assert labels == {"base", "steady", "late", "other"}
+    assert seen['manyhats_drift_score{adapter="late",signal="kl"}'] == 0.25
+    own, rest = (f'manyhats_prompt_tokens_total{{adapter="{n}"}}' for n in ("late", "other"))
+    assert seen[own] > 256
+    assert seen[own] + seen[rest] == 601
+
+
+@given(st.lists(st.integers(0, 7), min_size=LOOK, max_size=4 * LOOK), st.integers(1, 4))
+def test_labels_are_never_more_and_a_name_twice_as_busy_as_another_has_one(names, most):
+    gone = []
+    cap = LabelCap(most, dropped=gone.append, clock=lambda: 0.0)
+    for name in names:
+        cap.label(f"a{name}")
+        cap.counted(f"a{name}")
+    own = {f"a{i}" for i in range(8) if cap.label(f"a{i}") != "other"}
+    assert len(own) <= most
+    counts = Counter(f"a{n}" for n in names[: len(names) // LOOK * LOOK])  # at the last look
+    if len(counts) >= most:
+        least = min(counts[name] for name in own)
+        assert all(counts[name] <= 2 * (least + 4) for name in counts.keys() - own)
+    assert set(gone) <= set(counts)
+
+
+def test_memory_does_not_grow_with_the_names():
+    cap = LabelCap(2, clock=lambda: 0.0)
+    for i in range(20 * LOOK):
+        cap.counted(f"a{i}")
+        cap.counted("busy")
+    assert cap.label("busy") == "busy"
+    assert len(cap._now.counts) == 16
+    assert len(cap._now._others) <= 16
+
+
+def test_old_traffic_counts_no_more():
+    now = 0.0
+    cap = LabelCap(1, clock=lambda: now)
+    for _ in range(2 * LOOK):
+        cap.counted("old")
+    assert cap.label("old") == "old"
+    for _ in range(2):
+        now += EPOCH_S
+        cap.counted("new")
+    for _ in range(LOOK):
+        cap.counted("new")
+    assert (cap.label("new"), cap.label("old")) == ("new", "other")
+
+
+def test_exemplars_name_a_request_where_openmetrics_is_accepted():
+    metrics = Metrics(4)
+    metrics.first_token("pirate", 0.2, "cmpl-1")
+    metrics.finished("pirate", FinishReason.STOP, 1, 0, 1, 1.5, "cmpl-" + 200 * "x")
+    metrics.drift.alarm("pirate", "kl", "cmpl-3")
+    metrics.watch(FakeEngine().stats)
+    text, kind = metrics.render("application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
+    assert kind.startswith("application/openmetrics-text")
+    assert b"\nvllm:num_requests_running 3.0\n" in text, "the gateway's colon stays"
+    families = text_string_to_metric_families(text.decode())
+    found = {s.name: s.exemplar.labels for f in families for s in f.samples if s.exemplar}
+    assert found == {
+        "manyhats_time_to_first_token_seconds_bucket": {"request_id": "cmpl-1"},
+        "manyhats_request_seconds_bucket": {"request_id": ("cmpl-" + 200 * "x")[:100]},
+        "manyhats_drift_alarms_total": {"request_id": "cmpl-3"},
+    }
+    plain, kind = metrics.render("*/*")
+    assert (kind, b"cmpl-" in plain) == ("text/plain; version=0.0.4; charset=utf-8", False)
+
+
 def test_the_observer_is_safe_for_threads():
     metrics = Metrics(4)
     gate = threading.Barrier(4)
@@ -180,7 +269,7 @@ def test_the_observer_is_safe_for_threads():
         thread.join(60)
     seen = samples(metrics)
     ended = [v for n, v in seen.items() if n.startswith("manyhats_requests_total") and "stop" in n]
-    assert sum(ended) == 2000
+    assert sum(ended) == 2000, "all are alike busy: none gives its label to another"
     assert len(ended) == 6  # four of their own, `other`, and `base`, which starts at zero
 
 

@@ -229,6 +229,6 @@ def test_tenants_labels_are_bounded():
     for number in range(5):
         metrics.used(f"t{number}", 1, 1)
         metrics.refused(f"t{number}", "max_tokens")
-    text = metrics.render().decode()
+    text = metrics.render()[0].decode()
     assert 'manyhats_tenant_requests_total{tenant="other"} 3.0' in text
     assert "t4" not in text

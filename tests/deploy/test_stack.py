@@ -131,6 +131,14 @@ def test_every_expression_of_rules_and_dashboards_has_a_value(used, repository):
     assert list(left) == []
 
 
+def test_prometheus_keeps_exemplars_that_name_a_request(used):
+    query = "manyhats_time_to_first_token_seconds_bucket"
+    found = used.prometheus.get(f"query_exemplars?query={query}&start=0&end=9999999999")
+    named = {e["labels"]["request_id"] for series in found for e in series["exemplars"]}
+    assert named
+    assert all(name.startswith("cmpl-") for name in named)
+
+
 def test_nothing_is_alarmed_about_a_healthy_server(used):
     alerts = used.prometheus.get("alerts")["alerts"]
     assert [a["labels"]["alertname"] for a in alerts if a["state"] == "firing"] == []

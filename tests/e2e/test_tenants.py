@@ -48,6 +48,7 @@ def test_tenants_outlive_the_server(smollm2_path, repository, tmp_path):
         assert refused.status_code == 429
         assert refused.json()["error"]["param"] == "requests_per_minute"
         assert int(refused.headers["retry-after"]) >= 1
-        [row] = http.get("/admin/usage", headers=ADMIN).json()["data"]
+        rows = http.get("/admin/usage", headers=ADMIN).json()["data"]
+        [row] = [row for row in rows if row["requests"]]  # the others tell what adapters take up
         assert (row["tenant"], row["adapter"], row["requests"]) == ("acme", "pirate", served)
         assert server.value("manyhats_tenant_requests_total", tenant="acme") == served

@@ -7,7 +7,6 @@ from fastapi.responses import JSONResponse
 
 import manyhats
 from manyhats.api.state import ApiState, api_state
-from manyhats.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operations"])
 
@@ -53,8 +52,10 @@ async def health(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Every series in Prometheus' text format."""
-    return Response(api_state(request).metrics.render(), headers={"content-type": CONTENT_TYPE})
+    """Every series in Prometheus' text format; with exemplars where OpenMetrics is accepted."""
+    accept = request.headers.get("accept", "")
+    text, content_type = api_state(request).metrics.render(accept)
+    return Response(text, headers={"content-type": content_type})
 
 
 @router.get("/version")

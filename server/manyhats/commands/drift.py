@@ -106,7 +106,7 @@ def _tables(answer: Mapping[str, Any]) -> list[Table]:
     return [
         _table(
             f"{answer['name']}@{version['version']} ({version['role']}, "
-            f"{version['requests']} requests)",
+            f"{version['requests']} requests{_replicas(version)})",
             version,
         )
         for version in answer["versions"]
@@ -134,6 +134,11 @@ def _table(title: str, version: Mapping[str, Any]) -> Table:
             text_plot(signal),
         )
     return made
+
+
+def _replicas(version: Mapping[str, Any]) -> str:
+    others = version["replicas"] - 1
+    return f" here, beside {others} other replicas" if others else ""
 
 
 def _lines(answer: Mapping[str, Any]) -> list[str]:

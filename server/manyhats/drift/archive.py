@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import orjson
@@ -17,16 +18,26 @@ from manyhats.drift.watch import References, Sizes, Watch, ident
 from manyhats.types import AdapterRef
 
 _PARTIAL: Final = "reference"
+FRESH_S: Final = 300.0
+"""A replica's windows count for others for so long after it has put them there."""
 
 
 class Archive:
-    """What outlives the process. ``replica``: this one's id in the store. Every call blocks on the
-    disk or the network and raises ServiceError where that fails.
+    """What outlives the process. ``replica``: this one's id in the store, None where no other
+    shares it. Every call blocks on the disk or the network and raises ServiceError where that
+    fails.
     """
 
-    def __init__(self, store: DriftStore, replica: str) -> None:
+    def __init__(
+        self,
+        store: DriftStore,
+        replica: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._store = store
-        self._replica = replica
+        self._shared = replica is not None
+        self._replica = replica or "here"
+        self._clock = clock
 
     def open(self, ref: AdapterRef, alpha: float, sizes: Sizes) -> Watch:
         """The watch on a version as it was left, or a new one.
@@ -71,8 +82,13 @@ class Archive:
             watch.hidden_kept = True
 
     def save(self, watch: Watch) -> None:
-        """Keep what is being collected and what was spent; freeze what replicas have together."""
+        """Keep what is being collected and what was spent; freeze what replicas have together, and
+        let them see the windows.
+        """
         version = watch.ident
+        if self._shared:
+            self._follow(watch)
+            self._publish(watch)
         ours = f"{_PARTIAL}/{version}/{self._replica}"
         references = watch.references
         if not references.collecting and references.hidden.count in (0, FITTED):
@@ -86,9 +102,45 @@ class Archive:
     def forget(self, watch: Watch) -> None:
         """Remove a version's references, so that they are collected anew."""
         version = watch.ident
-        for prefix in (f"frozen/{version}/", f"{_PARTIAL}/{version}/", f"hidden/{version}"):
+        kinds = ("frozen", _PARTIAL, "window")
+        for prefix in (*(f"{kind}/{version}/" for kind in kinds), f"hidden/{version}"):
             for key in self._store.items(prefix):
                 self._store.remove(key)
+
+    def windows(self, watch: Watch) -> tuple[int, dict[str, SignalSketch]]:
+        """(replicas, the live windows of all of them merged): this one's as it is now, others' as
+        they were when they last saved.
+        """
+        merged = {name: track.window() for name, track in watch.tracks.items()}
+        replicas = 1
+        others = self._store.items(f"window/{watch.ident}/") if self._shared else {}
+        for key, text in others.items():
+            kept = orjson.loads(text)
+            if key.endswith(f"/{self._replica}") or self._clock() > kept["at"] + FRESH_S:
+                continue
+            replicas += 1
+            for name, value in kept["signals"].items():
+                if name in SIGNALS:
+                    sketch = SignalSketch.load(SIGNALS[name], value)
+                    merged.setdefault(name, SignalSketch(SIGNALS[name])).merge(sketch)
+        return replicas, merged
+
+    def keep_evaluation(
+        self, version: str, sketches: Mapping[str, SignalSketch], *, replace: bool
+    ) -> None:
+        """The reference of a version's evaluation set; the one that is there stays, or not."""
+        text = _text({name: sketch.dump() for name, sketch in sketches.items()})
+        if replace:
+            self._store.put(f"evaluation/{version}", text)
+        else:
+            self._store.put_new(f"evaluation/{version}", text)
+
+    def evaluation(self, version: str) -> dict[str, SignalSketch]:
+        """See ``keep_evaluation``; empty of none."""
+        kept = self._read(f"evaluation/{version}") or {}
+        return {
+            n: SignalSketch.load(SIGNALS[n], value) for n, value in kept.items() if n in SIGNALS
+        }
 
     def alarms(self, scope: str) -> list[Alarm]:
         """The latest alarms of a name (``store.scope``)."""
@@ -97,6 +149,34 @@ class Archive:
     def keep_alarms(self, scope: str, alarms: Iterable[Alarm]) -> None:
         """Keep them."""
         self._store.put(f"alarms/{scope}", _text([alarm.shown() for alarm in alarms]))
+
+    def _publish(self, watch: Watch) -> None:
+        prefix, now = f"window/{watch.ident}/", self._clock()
+        for key, text in self._store.items(prefix).items():
+            if now > orjson.loads(text)["at"] + FRESH_S:  # a replica that is gone
+                self._store.remove(key)
+        windows = {name: track.window() for name, track in watch.tracks.items()}
+        shown = {name: window.dump() for name, window in windows.items() if window.count}
+        if shown:
+            self._store.put(prefix + self._replica, _text({"at": now, "signals": shown}))
+
+    def _follow(self, watch: Watch) -> None:
+        """What other replicas have done to the references: frozen some, or all begun anew."""
+        version, references = watch.ident, watch.references
+        texts = self._store.items(f"frozen/{version}/")
+        if references.frozen and not texts:
+            watch.use(References())
+            watch.hidden_kept = False
+            self._store.remove(f"{_PARTIAL}/{version}/{self._replica}")
+            return
+        for key, text in texts.items():
+            name = key.rsplit("/", 1)[1]
+            if name in SIGNALS and name not in references.frozen:
+                references.collecting.pop(name, None)
+                watch.replace(name, SignalSketch.load(SIGNALS[name], orjson.loads(text)))
+        if not watch.hidden_kept and (hidden := self._read(f"hidden/{version}")):
+            references.hidden = HiddenReference.load(hidden)
+            watch.hidden_kept = True
 
     def _merge_others(self, watch: Watch, ours: str) -> None:
         """Freeze each signal of which all replicas together have enough."""

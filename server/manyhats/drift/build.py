@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from manyhats.config import Settings
 from manyhats.drift.actions import Actor
 from manyhats.drift.archive import Archive
+from manyhats.drift.evaluated import EvaluationReferences
 from manyhats.drift.monitor import DriftMonitor, Names, Options
 from manyhats.drift.rescoring import Compare, Rescorer
 from manyhats.drift.revalidation import Evaluations, Owned, Revalidation
@@ -23,6 +24,7 @@ from manyhats.drift.validation import Validations
 from manyhats.drift.watch import Sizes
 from manyhats.drift.webhook import Webhook
 from manyhats.errors import ConfigError
+from manyhats.lifecycle.evaluation.run import Plan, ScoredPair
 from manyhats.lifecycle.rollouts import Rollouts
 from manyhats.metrics import DriftMetrics
 
@@ -41,9 +43,20 @@ class Drift:
 
     monitor: DriftMonitor
     validations: Validations
+    references: EvaluationReferences
     rescorer: Rescorer | None
     revalidation: Revalidation | None
     close: Callable[[], None]
+
+    def evaluated(self, plan: Plan, pairs: Sequence[ScoredPair], report: Mapping[str, Any]) -> None:
+        """An evaluation has ended: its pairs are a reference, its outcome one of the series.
+
+        Blocks; raises ManyhatsError.
+        """
+        self.references.take(plan, pairs)
+        if self.revalidation is not None:
+            ref = plan.candidate
+            self.revalidation.evaluated(ref.name, plan.tenant, ref.version, report)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -74,19 +87,14 @@ def open_drift(
     ``compare`` scores at most ``longest`` tokens again. Raises ConfigError and ServiceError.
     """
     webhook = _webhook(settings, metrics)
-    store: DriftStore
-    if settings.redis_url is None:
-        store, replica = SqliteDriftStore(path), "here"
-    else:
-        from manyhats.drift.store_redis import RedisDriftStore  # redis only where it is used
-
-        store, replica = RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
+    store, replica = _store(settings, path)
+    archive = Archive(store, replica, clock)
     actor = Actor(rollouts, store, metrics, webhook.send if webhook else None, clock)
     validations = Validations(store, clock)
     monitor = DriftMonitor(
         names,
         actor,
-        Archive(store, replica),
+        archive,
         validations,
         metrics,
         options_of(settings),
@@ -107,7 +115,8 @@ def open_drift(
     again = None
     if evaluations is not None:
         again = Revalidation(evaluations, names, actor, validations, clock)
-    return Drift(monitor, validations, rescorer, again, close)
+    references = EvaluationReferences(archive, names, decode)
+    return Drift(monitor, validations, references, rescorer, again, close)
 
 
 def options_of(settings: Settings) -> Options:
@@ -128,6 +137,15 @@ def options_of(settings: Settings) -> Options:
         canary_share=settings.drift_canary_share,
         alpha=settings.drift_alpha,
     )
+
+
+def _store(settings: Settings, path: Path) -> tuple[DriftStore, str | None]:
+    """(the store, this server's id in it where others share it)."""
+    if settings.redis_url is None:
+        return SqliteDriftStore(path), None
+    from manyhats.drift.store_redis import RedisDriftStore  # redis only where it is used
+
+    return RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
 
 
 def _webhook(settings: Settings, metrics: DriftMetrics) -> Webhook | None:

@@ -241,7 +241,7 @@ class DriftMonitor:
 
     def _raised(self, alarm: Alarm, entry: Entry | None, tenant: TenantId) -> None:
         name, signal = alarm.name, alarm.finding.signal
-        self.metrics.alarm(name, signal)
+        self.metrics.alarm(name, signal, next(iter(alarm.examples), ""))
         if entry is None:
             return
         kept = self.past_alarms(entry)

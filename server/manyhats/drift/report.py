@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from manyhats.drift.evaluated import compared
 from manyhats.drift.monitor import DriftMonitor
 from manyhats.drift.reference import SignalSketch
 from manyhats.drift.signals import SIGNALS
@@ -41,35 +43,55 @@ def _version(monitor: DriftMonitor, record: AdapterRecord, entry: Entry) -> dict
     watch = monitor.watch(record.ref)
     canary = entry.route.canary
     role = "canary" if canary and canary.version == record.ref.version else "stable"
+    replicas, windows = monitor.archive.windows(watch)
+    seen = _Seen(watch, replicas, windows, monitor.archive.evaluation(watch.ident))
     return {
         "version": record.ref.version,
         "digest": record.ref.digest,
         "role": role,
         "requests": watch.seen,
-        "signals": {name: _signal(watch, name) for name in SIGNALS if _known(watch, name)},
+        "replicas": replicas,
+        "signals": {name: seen.signal(name) for name in SIGNALS if seen.knows(name)},
         "against_stable": {name: _tested(track) for name, track in watch.against_stable.items()},
         "beside_stable": watch.beside_stable(),
         "feedback": [asdict(said) for said in watch.feedback],
     }
 
 
-def _known(watch: Watch, name: str) -> bool:
-    return name in watch.tracks or name in watch.references.collecting
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is known of a version: ``windows`` of all ``replicas`` merged, and ``evaluation``: the
+    reference of its evaluation set.
+    """
 
+    watch: Watch
+    replicas: int
+    windows: Mapping[str, SignalSketch]
+    evaluation: Mapping[str, SignalSketch]
 
-def _signal(watch: Watch, name: str) -> dict[str, Any]:
-    signal = SIGNALS[name]
-    track = watch.tracks.get(name)
-    shown: dict[str, Any] = {"group": signal.group.value, "kind": signal.kind.value}
-    if track is not None:
-        return {**shown, "state": "alarm" if track.alarmed else "watched", **_tested(track)}
-    collecting = watch.references.collecting[name]
-    return {
-        **shown,
-        "state": "collecting",
-        "needs": watch.least(name),
-        "reference": _sketch(collecting),
-    }
+    def knows(self, name: str) -> bool:
+        """Whether there is anything to show of a signal."""
+        collecting = self.watch.references.collecting
+        return name in self.watch.tracks or name in collecting or name in self.evaluation
+
+    def signal(self, name: str) -> dict[str, Any]:
+        """One signal."""
+        signal = SIGNALS[name]
+        track = self.watch.tracks.get(name)
+        collecting = self.watch.references.collecting.get(name, SignalSketch(signal))
+        shown: dict[str, Any] = {"group": signal.group.value, "kind": signal.kind.value}
+        if track is not None:
+            shown |= {"state": "alarm" if track.alarmed else "watched", **_tested(track)}
+        else:
+            needs = self.watch.least(name)
+            shown |= {"state": "collecting", "needs": needs, "reference": _sketch(collecting)}
+        now = self.windows.get(name, collecting)
+        if track is not None and self.replicas > 1:
+            shown["fleet"] = {"window": _sketch(now), **compared(track.reference, now)}
+        if (known := self.evaluation.get(name)) is not None:
+            now = now if now.count else track.reference if track else collecting
+            shown["evaluation"] = {"reference": _sketch(known), **compared(known, now)}
+        return shown
 
 
 def _tested(track: Track) -> dict[str, Any]:

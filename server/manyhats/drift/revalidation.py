@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
@@ -55,6 +56,13 @@ class Revalidation:
         self._actor = actor
         self._validations = validations
         self._clock = clock
+        self._keeping = threading.Lock()
+
+    def evaluated(
+        self, name: str, owner: TenantId, version: int, report: Mapping[str, Any]
+    ) -> None:
+        """An evaluation has ended, whoever asked for it. Blocks; raises ManyhatsError."""
+        self._keep(self._names.entry(name, owner), version, report)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -105,12 +113,13 @@ class Revalidation:
     def _keep(self, entry: Entry, version: int, report: Mapping[str, Any]) -> None:
         """An evaluation's outcome into the series, once."""
         at = float(report["started"])
-        if any(known >= at for known in self._tried(entry, version)):
-            return
-        figures = {row["measure"]: row["value"] for row in report["rows"]}
-        self._validations.add(
-            entry, version, passed=bool(report["passed"]), by=BY, figures=figures, at=at
-        )
+        with self._keeping:
+            if any(known >= at for known in self._tried(entry, version)):
+                return
+            figures = {row["measure"]: row["value"] for row in report["rows"]}
+            self._validations.add(
+                entry, version, passed=bool(report["passed"]), by=BY, figures=figures, at=at
+            )
 
     def _tried(self, entry: Entry, version: int) -> list[float]:
         """When the version was evaluated, passed or not."""

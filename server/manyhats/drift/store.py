@@ -1,8 +1,9 @@
 """What drift detection keeps: one protocol, embedded (SQLite) or shared by replicas (Redis).
 
 Texts by key, all JSON. Of a version, ``watch.ident``: ``reference/<version>/<replica>`` (what is
-being collected), ``frozen/<version>/<signal>``, ``hidden/<version>``, ``spent/<version>``. Of a
-name, ``scope``: ``policy/``, ``latch/``, ``alarms/`` and ``validation/<owner>/<name>``.
+being collected), ``window/<version>/<replica>``, ``frozen/<version>/<signal>``,
+``hidden/<version>``, ``evaluation/<version>``, ``spent/<version>``. Of a name, ``scope``:
+``policy/``, ``latch/``, ``alarms/`` and ``validation/<owner>/<name>``.
 """
 
 from __future__ import annotations

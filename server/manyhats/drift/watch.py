@@ -16,6 +16,7 @@ from manyhats.drift.track import Layout, Track, restored
 from manyhats.types import AdapterRef
 
 HIDDEN: Final = "hidden_distance"
+_CANARY: Final = "canary/"
 FEEDBACK_KEPT: Final = 20
 """Opinions of a version that are remembered as they were given, until the process ends."""
 
@@ -126,6 +127,7 @@ class Watch:
         """The version is a canary beside one with these references; None: it is not, or no more."""
         if stable is self._stable:
             return
+        self._spent = self.spent()
         self._stable = stable
         self.against_stable.clear()
 
@@ -217,7 +219,8 @@ class Watch:
     def spent(self) -> dict[str, Any]:
         """What a restart must know."""
         own = {name: dict(track.spent()) for name, track in self.tracks.items()}
-        return {**self._spent, **own}
+        beside = {f"{_CANARY}{n}": dict(t.spent()) for n, t in self.against_stable.items()}
+        return {**self._spent, **own, **beside}
 
     def _own(self, name: str, value: float | str, at: float, request_id: str) -> Finding | None:
         if self.seen <= self._sizes.warm_up:
@@ -249,7 +252,8 @@ class Watch:
             reference = self._stable.frozen.get(name)
             if reference is None:
                 return None
-            track = Track(reference, self._alpha, self._sizes.canary, one_sided=True)
+            spent = self._spent.get(f"{_CANARY}{name}", {})
+            track = restored(reference, self._alpha, self._sizes.canary, spent, one_sided=True)
             self.against_stable[name] = track
         return track.add(value, at, request_id)
 

@@ -183,7 +183,7 @@ class EngineObserver(Protocol):
     def queued(self, adapter: str | None, seconds: float) -> None:
         """A sequence was admitted for the first time after waiting ``seconds``."""
 
-    def first_token(self, adapter: str | None, seconds: float) -> None:
+    def first_token(self, adapter: str | None, seconds: float, request_id: str = "") -> None:
         """A sequence's first token came ``seconds`` after arrival."""
 
     def inter_token(self, adapter: str | None, seconds: float) -> None:
@@ -197,6 +197,7 @@ class EngineObserver(Protocol):
         cached_tokens: int,
         output_tokens: int,
         seconds: float,
+        request_id: str = "",
     ) -> None:
         """A sequence ended."""
 

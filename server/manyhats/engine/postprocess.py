@@ -241,6 +241,7 @@ class Postprocessor:
             sequence.cached_prompt_tokens,
             sequence.output_len,
             now - sequence.arrival,
+            sequence.request_id,
         )
 
     def _clock(self, sequence: LiveSequence, now: float) -> None:
@@ -249,7 +250,7 @@ class Postprocessor:
             sequence.first_token_at = sequence.first_token_at or now
         elif sequence.last_token_at is None:
             sequence.first_token_at = now
-            self._observer.first_token(name, now - sequence.arrival)
+            self._observer.first_token(name, now - sequence.arrival, sequence.request_id)
         else:
             self._observer.inter_token(name, now - sequence.last_token_at)
         sequence.last_token_at = now

@@ -1,13 +1,13 @@
 """Every Prometheus series, its labels and why they are bounded.
 
 ``adapter`` is an adapter's name, ``(stack)``, ``(weighted)`` or ``(ensemble)`` for every
-composition that a request named, ``base`` for the bare base, or ``other``: the first N names to
-arrive keep a label of their own (N = the setting ``metrics_adapters``), so the label has at most
-N + 2 values; ``tenant``
-likewise, with ``metrics_tenants``. ``quota`` is a field of ``tenancy.model.Quotas``. ``outcome`` is
-one of four finish reasons; ``measure`` is a field of ``lifecycle.evaluation.gate.Thresholds``;
-``tier`` is ``host`` or ``device``; ``route`` is a template of the
-application's own routes or ``unmatched``, never a path; ``method`` is one of seven or ``other``;
+composition that a request named, ``base`` for the bare base, or ``other``: the N busiest names
+have a label of their own (``metrics.labels``; N = the setting ``metrics_adapters``), so the label
+has at most N + 2 values; ``tenant`` likewise, with ``metrics_tenants``. ``quota`` is a field of
+``tenancy.model.Quotas``. ``outcome`` is one of four finish reasons; ``measure`` is a field of
+``lifecycle.evaluation.gate.Thresholds``; ``tier`` is ``host`` or ``device``; ``route`` is a
+template of the application's own routes or ``unmatched``, never a path; ``method`` is one of
+seven or ``other``;
 ``status`` is an HTTP status; ``backend`` has one value, the kernels in use, and ``version`` one;
 ``store`` is one of ours. What rates are taken of starts at zero (``base`` and ``other``, and the
 routes that generate), so that an alert's expression always has a value.
@@ -27,10 +27,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from prometheus_client import (
-    CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
@@ -38,9 +38,16 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from manyhats.metrics.drift import DriftMetrics
-from manyhats.metrics.labels import BASE_LABEL, OTHER_LABEL, LabelCap
+from manyhats.metrics.labels import (
+    BASE_LABEL,
+    OTHER_LABEL,
+    LabelCap,
+    LabelledRegistry,
+    exemplar,
+)
 from manyhats.metrics.lifecycle import LifecycleMetrics
 from manyhats.metrics.server import ServerCollector
 from manyhats.metrics.shadow import ShadowMetrics
@@ -58,7 +65,9 @@ __all__ = [
 ]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""Content type of ``Metrics.render``."""
+"""Content type of ``Metrics.render`` where nobody asks for another."""
+OPENMETRICS: Final = "application/openmetrics-text"
+"""The media type whose exposition has exemplars."""
 
 GENERATING: Final = ("/v1/completions", "/v1/chat/completions")
 """The routes whose answers are counted from zero."""
@@ -108,9 +117,9 @@ class Metrics:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """``clock`` gives Unix seconds for ``vllm:lora_requests_info``."""
-        self.registry = CollectorRegistry()
-        self._cap = LabelCap(max_adapter_labels)
-        self._tenants = LabelCap(max_tenant_labels)
+        self.registry = LabelledRegistry()
+        self._cap = LabelCap(max_adapter_labels, dropped=self._forget_adapter)
+        self._tenants = LabelCap(max_tenant_labels, dropped=partial(self.registry.forget, "tenant"))
         self._series: dict[str, _AdapterSeries] = {}
         self.shadow = ShadowMetrics(self.registry, self._cap)
         self._snapshot = SnapshotCollector(self._cap, clock)
@@ -129,6 +138,10 @@ class Metrics:
         """From now on every scrape reads the engine's snapshot from ``stats``."""
         self._snapshot.source = stats
 
+    def watch_device(self, memory: Callable[[], tuple[int, int]]) -> None:
+        """From now on every scrape reads (bytes in use, bytes in all) of the device's memory."""
+        self._server.device = memory
+
     def watch_server(
         self, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
     ) -> None:
@@ -139,9 +152,17 @@ class Metrics:
         """The engine computes with the kernels of this name. Said once, when it is built."""
         self._kernels.labels(backend).set(1)
 
-    def render(self) -> bytes:
-        """The exposition in Prometheus' text format (CONTENT_TYPE)."""
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """(the exposition, its content type): OpenMetrics, which carries the exemplars, for whoever
+        accepts it, as Prometheus does; else Prometheus' text format.
+        """
+        if OPENMETRICS in accept:
+            # its default turns the colon of a sample's name, a legal one, into an underscore
+            text: bytes = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+                self.registry, escaping=openmetrics.ALLOWUTF8
+            )
+            return text, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry), CONTENT_TYPE
 
     def http(self, route: str, method: str, status: int) -> None:
         """An HTTP request was answered; ``route`` is the route's template or ``unmatched``."""
@@ -149,6 +170,7 @@ class Metrics:
 
     def used(self, tenant: str, prompt_tokens: int, output_tokens: int) -> None:
         """A tenant's request has ended, which the engine had taken."""
+        self._tenants.counted(tenant)
         label = self._tenants.label(tenant)
         self._tenant_requests.labels(label).inc()
         self._tenant_prompt_tokens.labels(label).inc(prompt_tokens)
@@ -170,9 +192,9 @@ class Metrics:
         """See EngineObserver."""
         self._of(adapter).queue.observe(seconds)
 
-    def first_token(self, adapter: str | None, seconds: float) -> None:
+    def first_token(self, adapter: str | None, seconds: float, request_id: str = "") -> None:
         """See EngineObserver."""
-        self._of(adapter).first_token.observe(seconds)
+        self._of(adapter).first_token.observe(seconds, exemplar(request_id))
 
     def inter_token(self, adapter: str | None, seconds: float) -> None:
         """See EngineObserver."""
@@ -186,14 +208,16 @@ class Metrics:
         cached_tokens: int,
         output_tokens: int,
         seconds: float,
+        request_id: str = "",
     ) -> None:
         """See EngineObserver."""
+        self._cap.counted(adapter)
         series = self._of(adapter)
         series.ended[reason].inc()
         series.prompt_tokens.inc(prompt_tokens)
         series.cached_tokens.inc(cached_tokens)
         series.generation_tokens.inc(output_tokens)
-        series.total.observe(seconds)
+        series.total.observe(seconds, exemplar(request_id))
 
     def preempted(self) -> None:
         """See EngineObserver."""
@@ -211,6 +235,11 @@ class Metrics:
     def adapter_evicted(self, adapter: str, tier: str) -> None:
         """See EngineObserver."""
         self._evictions.labels(self._cap.label(adapter), tier).inc()
+
+    def _forget_adapter(self, label: str) -> None:
+        """The label went to a busier name."""
+        self._series.pop(label, None)
+        self.registry.forget("adapter", label)
 
     def _of(self, adapter: str | None) -> _AdapterSeries:
         return self._of_label(self._cap.label(adapter))

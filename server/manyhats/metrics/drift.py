@@ -16,7 +16,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from manyhats.metrics.labels import OTHER_LABEL, LabelCap
+from manyhats.metrics.labels import OTHER_LABEL, LabelCap, exemplar
 
 _SIGNAL: Final = ("adapter", "signal")
 _ADAPTER: Final = ("adapter",)
@@ -105,9 +105,9 @@ class DriftMetrics:
         """Something was not looked at, or not told."""
         self._dropped.labels(reason).inc()
 
-    def alarm(self, adapter: str, signal: str) -> None:
-        """An alarm was raised."""
-        self._alarms.labels(self._cap.label(adapter), signal).inc()
+    def alarm(self, adapter: str, signal: str, request_id: str = "") -> None:
+        """An alarm was raised; ``request_id``: a request to look at."""
+        self._alarms.labels(self._cap.label(adapter), signal).inc(1, exemplar(request_id))
 
     def action(self, adapter: str, action: str) -> None:
         """The policy acted, or would have."""

@@ -1,4 +1,4 @@
-"""The series of the server itself, read at scrape: its version, its readiness, its stores."""
+"""The series of the server itself, read at scrape: version, readiness, stores, device memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class ServerCollector(Collector):
         self._version = ""
         self._ready: Callable[[], bool] | None = None
         self._stores: Callable[[], Mapping[str, bool]] = dict
+        self.device: Callable[[], tuple[int, int]] | None = None
+        """Gives (bytes in use, bytes in all) of the device's memory."""
 
     def watch(
         self, version: str, ready: Callable[[], bool], stores: Callable[[], Mapping[str, bool]]
@@ -28,7 +30,14 @@ class ServerCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Version, readiness, stores."""
+        """Version, readiness, stores, the device's memory."""
+        if self.device is not None:
+            used, total = self.device()
+            for name, text, value in (
+                ("manyhats_device_memory_bytes", "The device's memory.", total),
+                ("manyhats_device_memory_used_bytes", "In use of it.", used),
+            ):
+                yield GaugeMetricFamily(name, text, value=value)
         if self._ready is None:
             return
         build = GaugeMetricFamily("manyhats_build_info", "The version.", labels=["version"])

@@ -37,9 +37,10 @@ class HiddenReference:
 
     def add(self, hidden: Sequence[float]) -> float | None:
         """The distance of ``hidden``; None while it goes into the reference itself."""
-        if len(hidden) == 0:
-            return None
-        point = np.asarray(hidden, dtype=np.float64) @ _projection(len(hidden))
+        return self.add_projected(projected(hidden)) if len(hidden) else None
+
+    def add_projected(self, point: Vector) -> float | None:
+        """The same of what ``projected`` gave."""
         if self.count < FITTED:
             self.count += 1
             self._sum += point
@@ -71,6 +72,12 @@ class HiddenReference:
         level = max(float(np.trace(sample)) / DIMENSIONS, 1e-12)
         shrunk: Vector = (1 - weight) * sample + weight * level * np.eye(DIMENSIONS)
         return shrunk
+
+
+def projected(hidden: Sequence[float]) -> Vector:
+    """A hidden state, [width], on DIMENSIONS."""
+    found: Vector = np.asarray(hidden, dtype=np.float64) @ _projection(len(hidden))
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -80,13 +80,27 @@ class Progress:
     done: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredPair:
+    """One of the name's own pairs: prompt and completion, which begins at ``start``, and what each
+    lane of the plan says of the completion.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    lanes: tuple[LaneScores, ...]
+
+
 @dataclass(slots=True)
 class Measured:
-    """``values`` by measure; ``lanes``: the figures behind them; ``broken``: rules by index."""
+    """``values`` by measure; ``lanes``: the figures behind them; ``broken``: rules by index;
+    ``pairs``: the name's own, in any order.
+    """
 
     values: dict[str, float]
     lanes: dict[str, dict[str, Any]]
     rules: dict[str, Any] | None
+    pairs: list[ScoredPair]
 
 
 @dataclass(slots=True)
@@ -117,6 +131,7 @@ async def measure(engine: EngineClient, plan: Plan, progress: Progress) -> Measu
     """Every probe of the plan. Raises what ``EngineClient.compare`` and ``generate`` raise."""
     lanes = [_Lane() for _ in plan.lanes]
     broken: dict[int, str] = {}
+    pairs: list[ScoredPair] = []
     limit = asyncio.Semaphore(_AT_ONCE)
 
     async def run(work: Callable[[], Awaitable[None]]) -> None:
@@ -125,7 +140,7 @@ async def measure(engine: EngineClient, plan: Plan, progress: Progress) -> Measu
 
     async with asyncio.TaskGroup() as group:
         for index, pair in enumerate(plan.own):
-            group.create_task(run(partial(_own, engine, plan, pair, index, lanes, progress)))
+            group.create_task(run(partial(_own, engine, plan, pair, index, lanes, pairs, progress)))
         for index, pair in enumerate(plan.general):
             group.create_task(run(partial(_general, engine, plan, pair, index, lanes, progress)))
         for index, rule in enumerate(plan.rules):
@@ -134,6 +149,7 @@ async def measure(engine: EngineClient, plan: Plan, progress: Progress) -> Measu
         values=_values(plan, lanes, broken),
         lanes={name: lane.shown() for name, lane in zip(plan.names, lanes, strict=True)},
         rules=_rules_shown(plan, broken) if plan.rules else None,
+        pairs=pairs,
     )
 
 
@@ -143,11 +159,13 @@ async def _own(
     pair: Pair,
     index: int,
     lanes: Sequence[_Lane],
+    pairs: list[ScoredPair],
     progress: Progress,
 ) -> None:
-    targets, scores = await _compared(engine, plan, pair, f"data: pair {index + 1}")
-    for lane, of in zip(lanes, scores, strict=True):
-        lane.own.add(of, targets)
+    scored = await _compared(engine, plan, pair, f"data: pair {index + 1}")
+    for lane, of in zip(lanes, scored.lanes, strict=True):
+        lane.own.add(of, scored.token_ids[scored.start :])
+    pairs.append(scored)
     progress.done += 1
 
 
@@ -160,14 +178,14 @@ async def _general(
     progress: Progress,
 ) -> None:
     where = f"general: pair {index + 1}"
-    targets, scores = await _compared(engine, plan, pair, where)
-    for lane, of in zip(lanes, scores, strict=True):
-        lane.general.add(of, targets)
+    scored = await _compared(engine, plan, pair, where)
+    for lane, of in zip(lanes, scored.lanes, strict=True):
+        lane.general.add(of, scored.token_ids[scored.start :])
     progress.done += 1
     for change in (perturb.with_typos, perturb.with_case):
         other = pair.model_copy(update={"prompt": change(pair.prompt or "", index)})
-        _, perturbed = await _compared(engine, plan, other, where)
-        for lane, plain, of in zip(lanes, scores, perturbed, strict=True):
+        perturbed = await _compared(engine, plan, other, where)
+        for lane, plain, of in zip(lanes, scored.lanes, perturbed.lanes, strict=True):
             lane.robustness.append(stability(plain.top_ids, of.top_ids))
         progress.done += 1
 
@@ -206,12 +224,11 @@ async def _rule(
     progress.done += 1
 
 
-async def _compared(
-    engine: EngineClient, plan: Plan, pair: Pair, where: str
-) -> tuple[tuple[int, ...], tuple[LaneScores, ...]]:
+async def _compared(engine: EngineClient, plan: Plan, pair: Pair, where: str) -> ScoredPair:
     ids, start = await asyncio.to_thread(tokens_of, pair, engine.tokenizer)
     request = CompareRequest(plan.tenant, ids, start, plan.lanes)
-    return ids[start:], await _patiently(lambda: engine.compare(request), where)
+    lanes = await _patiently(lambda: engine.compare(request), where)
+    return ScoredPair(ids, start, tuple(lanes))
 
 
 async def _patiently(call: Callable[[], Awaitable[Any]], where: str) -> Any:

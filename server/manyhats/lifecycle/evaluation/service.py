@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -34,7 +34,7 @@ from manyhats.lifecycle.evaluation.probes import (
     read_rules,
     tokens_of,
 )
-from manyhats.lifecycle.evaluation.run import Plan, Progress, measure
+from manyhats.lifecycle.evaluation.run import Plan, Progress, ScoredPair, measure
 from manyhats.lifecycle.evaluation.store import EvaluationSettings, EvaluationStore
 from manyhats.lifecycle.records import Entry, Registration
 from manyhats.lifecycle.routes import BASELINE
@@ -56,6 +56,12 @@ class Names(Protocol):
 
 Observe = Callable[[str, Mapping[str, float | None], bool], None]
 """Told of a finished evaluation: adapter, value by measure, whether it passed."""
+
+
+Ended = Callable[[Plan, Sequence[ScoredPair], Mapping[str, Any]], None]
+"""Told of a finished evaluation: what it was of, the name's own pairs, its report. May block, and
+raise ManyhatsError.
+"""
 
 
 @dataclass(slots=True)
@@ -83,6 +89,7 @@ class EvaluationService:
         self._names = names
         self._store = store
         self._observe = observe
+        self.ended: Ended | None = None
         self._jobs: dict[tuple[TenantId, str, int], _Job] = {}
         self._turn = asyncio.Lock()
         self._told: dict[str, Verdict] = {}
@@ -212,6 +219,8 @@ class EvaluationService:
             )
             await asyncio.to_thread(self._store.keep, job.ref, job.cause, verdict, report)
             self.tell()
+            if self.ended is not None:
+                await asyncio.to_thread(self.ended, plan, measured.pairs, report)
             del self._jobs[key]
             logger.info(
                 "evaluation of %s: %s",
