@@ -136,7 +136,7 @@ def test_prometheus_keeps_exemplars_that_name_a_request(used):
     found = used.prometheus.get(f"query_exemplars?query={query}&start=0&end=9999999999")
     named = {e["labels"]["request_id"] for series in found for e in series["exemplars"]}
     assert named
-    assert all(name.startswith(("cmpl-", "chatcmpl-")) for name in named), named
+    assert all(name.startswith(("cmpl-", "chatcmpl-", "probe-")) for name in named), named
 
 
 def test_nothing_is_alarmed_about_a_healthy_server(used):
