@@ -12,6 +12,7 @@
 #define MH_NO_MEMORY (-1)
 #define LORA_TOKENS 32   /* tokens of a segment that one item takes, where there are many items */
 #define LORA_COLUMNS 256 /* columns of B that one item takes, likewise */
+#define LORA_CHUNK 32    /* rank rows that one tile of the expand takes */
 #define LORA_MANY 32     /* this many items a thread: fewer are cut smaller, so that none waits long */
 #define LORA_SERIAL 49152 /* multiplications below which waking the other threads costs more than it saves */
 #define LORA_TILES_SERIAL 262144 /* likewise on AMX tiles: bytes of weights, and elements of y */

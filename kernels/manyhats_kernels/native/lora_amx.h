@@ -7,7 +7,6 @@
  * (vectors, which keep the memory busy) sums in the tiles' own order, so who shares the batch changes no bit here.
  */
 #ifdef MH_AMX
-#define LORA_CHUNK 32 /* rank rows of one tile of the expand */
 #define LORA_ALONE 2  /* tokens of a segment up to which vectors are quicker in the expand */
 
 /* Rank rows that a tile of the expand takes of `count`: all, made even, or LORA_CHUNK. */

@@ -62,7 +62,8 @@ static int64_t find_segments(lora_args *g, lora_segment *segments, lora_pack_ite
 #ifdef MH_AMX
             need->halves += 2 * tokens * lora_width(rows);
 #endif
-            need->chunks = blocks_of(rows, 32) > need->chunks ? blocks_of(rows, 32) : need->chunks;
+            int64_t chunks = blocks_of(rows, LORA_CHUNK);
+            if (chunks > need->chunks) need->chunks = chunks;
             need->cost += 2 * rows * (g->in + site->out) + tokens * site->out;
         }
     }
@@ -87,7 +88,7 @@ static int64_t lora_do(int dtype, int amx, int threads, const lora_site *sites, 
     int64_t failed = find_segments(&g, segments, packs, sites, site_count, slots, offsets, segment_count, &need);
     if (failed || !g.segment_count) return failed;
     if (need.cost < (g.amx ? LORA_TILES_SERIAL : LORA_SERIAL)) g.threads = 1;
-    g.panel_size = need.chunks * 32 * LORA_COLUMNS;
+    g.panel_size = need.chunks * LORA_CHUNK * LORA_COLUMNS;
     int64_t halves = g.amx ? need.packed + need.halves + threads * g.panel_size : 0;
     char *memory = kept_memory(&numbers, halves * (int64_t)sizeof(bf16) + need.shrunk * (int64_t)sizeof(float));
     if (!memory) return MH_NO_MEMORY;

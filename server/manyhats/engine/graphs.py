@@ -145,7 +145,6 @@ class DecodeGraphs:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        rows_alone: bool,
     ) -> torch.Tensor | None:
         """Logits [T, V] of a decode step, valid until the next one; plans are on the CPU.
 

@@ -58,7 +58,6 @@ class FastDecode(Protocol):
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        rows_alone: bool,
     ) -> torch.Tensor | None:
         """Logits [T, V] of the running step, whose plans lie on the CPU, valid until the next one;
         None where it cannot be done.
@@ -133,7 +132,7 @@ class ModelRunner:
         rows_alone = self._pool is None or self._pool.rows_alone(self._state)
         if not self._fast.takes(ids.size, rows_alone):
             return None
-        return self._fast.run(ids, positions, *plans, rows_alone)
+        return self._fast.run(ids, positions, *plans)
 
     def _begin(
         self,

@@ -67,14 +67,13 @@ class DecodeStack:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
-        rows_alone: bool,
     ) -> torch.Tensor:
         """Logits [T, V] of the running step, whose plans are given."""
         decoder = self._decoder
         stream: torch.Tensor = decoder.embed_tokens(torch.from_numpy(ids)[None])
         cos, sin = decoder.rotary_emb(stream, torch.from_numpy(positions)[None])
         hidden = stream[0]  # a copy of the table's rows, ours to change
-        parts = None if rows_alone or self._parts is None else self._parts.now()
+        parts = self._parts.now(self._state) if self._parts is not None else None
         rotation = cos[0].contiguous(), sin[0].contiguous()
         self._runner.run_stack(hidden, self._stack, *rotation, attention, adapters, parts)
         logits: torch.Tensor = self._head(decoder.norm(stream))
@@ -181,7 +180,7 @@ def agrees(
         adapters = AdapterBatch.build(np.full(sequences, -1), 0)
         state.begin(attention, adapters, (), wanted=np.arange(sequences))
         try:
-            ours = stack.run(ids, positions, attention, adapters, True)
+            ours = stack.run(ids, positions, attention, adapters)
             theirs = modules(
                 torch.from_numpy(ids)[None],
                 torch.from_numpy(positions)[None],

@@ -93,8 +93,10 @@ class PartsOfStack:
             self._judged = step
         return self._taken
 
-    def now(self) -> StackParts:
-        """Where the pools' vectors and bottlenecks lie."""
+    def now(self, state: StepState) -> StackParts | None:
+        """Where the pools' vectors and bottlenecks lie; None where the step needs none of them."""
+        if self._pool.rows_alone(state):
+            return None
         version = self._pool.version
         if self._parts is None or self._version != version:
             self._parts = self._stack.parts([layer.parts for layer in self._layers])
