@@ -1,10 +1,17 @@
-"""What a registry must hold after a kill: what was acknowledged, and a log that says the same."""
+"""What a registry must hold after a kill: what was acknowledged, and a log that says the same; and
+where it is kept meanwhile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from support.redis_server import RedisServer
 
 from manyhats.lifecycle.audit import broken_link
 
@@ -15,6 +22,23 @@ def expect(true: bool, message: str) -> None:
     """Ends the program with ``message`` where something that must hold does not."""
     if not true:
         raise SystemExit(message)
+
+
+@contextmanager
+def place(store: str) -> Iterator[tuple[Path, str | None]]:
+    """A home for a while, and the address of a Redis of its own where ``store`` is ``redis``."""
+    with tempfile.TemporaryDirectory(prefix="manyhats-chaos-") as folder:
+        home = Path(folder)
+        if store != "redis":
+            yield home, None
+            return
+        (home / "redis").mkdir()
+        server = RedisServer(home / "redis", persistent=True)
+        server.start()
+        try:
+            yield home, server.url
+        finally:
+            server.stop()
 
 
 @dataclass

@@ -20,20 +20,18 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from acknowledged import NAMES, Acknowledged, expect
+from acknowledged import NAMES, Acknowledged, expect, place
 from support.adapter_service import Adapters, open_adapters, write_adapter
-from support.redis_server import RedisServer
 
 from manyhats.errors import ManyhatsError
 from manyhats.lifecycle.audit import Cause
@@ -176,15 +174,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     options = parser.parse_args()
     began, draw = time.monotonic(), random.Random(options.seed)
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manyhats-chaos-")))
-        url = None
-        if options.store == "redis":
-            (home / "redis").mkdir()
-            server = RedisServer(home / "redis", persistent=True)
-            server.start()
-            stack.callback(server.stop)
-            url = server.url
+    with place(options.store) as (home, url):
         for seed in range(CONTENTS):
             write_adapter(home / "allowed" / str(seed), seed)
         chaos = Chaos(home=home, url=url)

@@ -21,11 +21,9 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import httpx
 import torch
-from acknowledged import NAMES, Acknowledged, expect
+from acknowledged import NAMES, Acknowledged, expect, place
 from server_process import free_port
-from support.redis_server import RedisServer
 from tiny_server import adapters, tiny_model
 from tqdm import tqdm
 
@@ -246,15 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     began, draw = time.monotonic(), random.Random(options.seed)
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manyhats-chaos-")))
-        url = None
-        if options.store == "redis":
-            (home / "redis").mkdir()
-            server = RedisServer(home / "redis", persistent=True)
-            server.start()
-            stack.callback(server.stop)
-            url = server.url
+    with place(options.store) as (home, url):
         prepare(home)
         chaos = Chaos(home=home, url=url)
         for number in tqdm(range(options.rounds), unit="kill"):
