@@ -180,7 +180,7 @@ class Settings(ModelSettings):
         description="Background sequences (evaluations, probes) that may wait; over it 429.",
     )
     background_tokens: int = Field(
-        default=32,
+        default=128,
         ge=1,
         description="Tokens that background sequences compute in a step beside live ones.",
     )

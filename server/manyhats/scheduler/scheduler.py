@@ -71,7 +71,7 @@ class Scheduler:
         max_queue: int,
         max_context: int,
         max_background: int = 64,
-        background_tokens: int = 32,
+        background_tokens: int = 128,
         fair: FairShares | None = None,
     ) -> None:
         self._blocks = blocks
