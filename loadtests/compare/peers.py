@@ -8,6 +8,7 @@ from compare import libraries, llama, ours, vllm
 from compare.environments import Recipe, install
 from compare.target import Place, Target
 
+OURS = "ours"
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     vllm.PEER: vllm.recipe,
     llama.PEER: llama.recipe,
@@ -21,18 +22,17 @@ def all_targets(place: Place) -> list[Target]:
 
 
 def chosen(place: Place, names: Sequence[str] | None) -> list[Target]:
-    """Those whose name, or the part of it before a '-', is named; all without names.
+    """Those whose name or peer is named (``ours``: Manyhats' own); all without names.
 
     Raises ValueError for a name that is nobody's.
     """
     targets = all_targets(place)
     if names is None:
         return targets
-    found = [t for t in targets if t.name in names or t.peer in names]
-    known = {t.name for t in targets} | {t.peer for t in targets}
+    known = {t.name for t in targets} | {t.peer or OURS for t in targets}
     if unknown := sorted(set(names) - known):
-        raise ValueError(f"--targets: unknown {unknown}; known are {sorted(known - {''})}")
-    return found
+        raise ValueError(f"--targets: unknown {unknown}; known are {sorted(known)}")
+    return [t for t in targets if t.name in names or (t.peer or OURS) in names]
 
 
 def prepare_files(peer: str, place: Place) -> None:

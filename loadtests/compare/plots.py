@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compare.cells import ALL_R16, BASE
+from compare.cells import ALL_R16, BASE, ZIPF
 from compare.measured import PERCENTS, Measured
 from compare.report import Key, Row, rows_of
 from compare.target import MATRIX, SLOTS
@@ -48,10 +48,10 @@ def cdf(measured: Iterable[Measured], field: str, concurrency: int) -> dict[str,
     curves: dict[str, list[Sequence[float]]] = {}
     for one in measured:
         values: Sequence[float] = getattr(one, field)
-        if one.scenario == MATRIX and one.concurrency == concurrency and values:
-            if one.adapters in (0, concurrency) and one.kind in (BASE, ALL_R16):
-                name = f"{one.target}, {'base' if not one.adapters else f'{one.adapters} adapters'}"
-                curves.setdefault(name, []).append(values)
+        shown = one.adapters in (0, concurrency) and one.kind in (BASE, ALL_R16)
+        if shown and one.scenario == MATRIX and one.concurrency == concurrency and values:
+            worn = f"{one.adapters} adapters" if one.adapters else "base"
+            curves.setdefault(f"{one.target}, {worn}", []).append(values)
     return {name: [statistics.median(each) for each in zip(*some, strict=True)]
             for name, some in curves.items()}  # fmt: skip
 
@@ -63,9 +63,7 @@ def draw(measured: Sequence[Measured], folder: Path) -> list[Path]:
     base, worn = by_concurrency(rows)
     in_flight = {key[3] for key in rows if key[1] == SLOTS}
     adapters = lines(rows, MATRIX, 4, {(BASE, top), (ALL_R16, top)})
-    slots = lines(
-        rows, SLOTS, 4, {(key[2], c) for key in rows if key[1] == SLOTS for c in in_flight}
-    )
+    slots = lines(rows, SLOTS, 4, {(ZIPF, c) for c in in_flight})
     rate = "output tokens/s"
     made = [
         _lines(folder / "throughput-base.svg", base, "requests in flight", rate,

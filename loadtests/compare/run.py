@@ -17,6 +17,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from compare.ours import MAIN  # noqa: E402
 from compare.peers import RECIPES, chosen, prepare_files  # noqa: E402
 from compare.registered import measure, prepare  # noqa: E402
 from compare.report import ratios, render, rows_of, write_cells, write_ratios  # noqa: E402
-from compare.target import REGISTERED, Place, Target  # noqa: E402
+from compare.target import MATRIX, REGISTERED, Place, Target  # noqa: E402
 from compare.visits import FAILURES, visit  # noqa: E402
 
 READY = "prepared"
@@ -64,22 +65,20 @@ async def prepared(
     makes and keeps (quantized weights, compiled code, registered adapters) is there.
     """
     left, skipped = [], {}
-    quick = Options(
-        concurrencies=options.concurrencies, counts=(), output_tokens=8, quick=True,
-        vocab_size=options.vocab_size, start_timeout_s=options.start_timeout_s,
-    )  # fmt: skip
+    short = replace(options, output_tokens=min(8, options.output_tokens), quick=True, every=False)
     for target in targets:
         marker = place.work / READY / target.name
-        if not marker.exists():
-            try:
-                await visit(target, place, quick, 0, ["matrix"])
-            except FAILURES as error:
-                if not target.peer:
-                    raise  # our own server is not left out in silence
-                skipped[target.name] = reason(error)
-                continue
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
+        try:
+            told = " ".join(target.launch(0).argv if target.launch else target.batch)
+            if not marker.exists() or marker.read_text(encoding="utf-8") != told:
+                await visit(target, place, short, 0, [MATRIX])
+        except FAILURES as error:
+            if not target.peer:
+                raise  # our own server is not left out in silence
+            skipped[target.name] = reason(error)
+            continue
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(told, encoding="utf-8")
         left.append(target)
     return left, skipped
 

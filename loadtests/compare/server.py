@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -89,12 +90,8 @@ class PeerServer:
         """SIGTERM to the server, and SIGKILL to all its processes that are left after a while."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):  # killed below
                 self._process.wait(patience_s)
-            except subprocess.TimeoutExpired:
-                pass  # killed below
-        try:
+        with suppress(ProcessLookupError):  # nobody of its group is left
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nobody of its group is left
         self._process.wait()

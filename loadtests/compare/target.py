@@ -20,6 +20,7 @@ class Place:
     ``model``: a local folder as transformers reads it. ``all_r16``, ``qv_r8``: adapter folders in
     PEFT's format, rank 16 on all projections and rank 8 on q and v. ``peers``: the folder of the
     environments. ``work``: logs, homes, conversions. ``kv_gib``: the KV cache of every server.
+    ``threads``: a peer's. ``flags``: for Manyhats' server besides.
     """
 
     model: Path
@@ -28,6 +29,7 @@ class Place:
     peers: Path
     work: Path
     kv_gib: int = 1
+    threads: int = 2
     flags: tuple[str, ...] = ()
 
     def python(self, peer: str) -> str:

@@ -102,7 +102,10 @@ def launch(place: Place, port: int, *flags: str) -> Launch:
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_CACHE_ROOT": str(place.work / "vllm-cache"),
         "VLLM_NO_USAGE_STATS": "1",
+        # By itself it takes a thread a physical core, less one for its API.
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{place.threads - 1}",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
     }
     return Launch(tuple(argv), env)
 
