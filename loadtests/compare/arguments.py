@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None, started: datetime) -> argparse.Namespace:
     p.add_argument("--peers", type=Path, help="default: loadtests/peers under MANYHATS_HOME")
     p.add_argument("--name", default=f"{started:%Y%m%d-%H%M}", help="of the run; the same: go on")
     p.add_argument("--out", type=Path, help="CSV; default: loadtests/results/compare-NAME.csv")
-    p.add_argument("--plots", type=Path, help="folder for SVG files; needs matplotlib")
+    p.add_argument("--plots", type=Path, help="folder for SVG files (docs); needs matplotlib")
     p.add_argument("--report", type=Path, help="only tell what this run's JSON lines hold")
     p.add_argument("--install", action="store_true", help="only install the peers")
     p.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")

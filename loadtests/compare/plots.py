@@ -65,18 +65,22 @@ def draw(measured: Sequence[Measured], folder: Path) -> list[Path]:
     adapters = lines(rows, MATRIX, 4, {(BASE, top), (ALL_R16, top)})
     slots = lines(rows, SLOTS, 4, {(ZIPF, c) for c in in_flight})
     rate = "output tokens/s"
+
+    def at(name: str) -> Path:
+        return folder / f"compare-{name}.svg"
+
     made = [
-        _lines(folder / "throughput-base.svg", base, "requests in flight", rate,
+        _lines(at("throughput-base"), base, "requests in flight", rate,
                "The bare base"),
-        _lines(folder / "throughput-adapters.svg", worn, "requests in flight", rate,
+        _lines(at("throughput-adapters"), worn, "requests in flight", rate,
                "As many adapters as requests (rank 16, all projections)"),
-        _lines(folder / "throughput-number-of-adapters.svg", adapters, "adapters", rate,
+        _lines(at("throughput-number-of-adapters"), adapters, "adapters", rate,
                f"{top} requests in flight"),
-        _lines(folder / "throughput-slots.svg", slots, "adapters (Zipf 1.1) over 32 slots", rate,
+        _lines(at("throughput-slots"), slots, "adapters (Zipf 1.1) over 32 slots", rate,
                f"{', '.join(map(str, sorted(in_flight)))} requests in flight"),
-        _cdfs(folder / "ttft-cdf.svg", cdf(measured, "ttft_ms", top), "time to first token, ms",
+        _cdfs(at("ttft-cdf"), cdf(measured, "ttft_ms", top), "time to first token, ms",
               f"{top} requests in flight"),
-        _cdfs(folder / "inter-token-cdf.svg", cdf(measured, "itl_ms", top),
+        _cdfs(at("inter-token-cdf"), cdf(measured, "itl_ms", top),
               "time between tokens, ms", f"{top} requests in flight"),
     ]  # fmt: skip
     return [path for path in made if path is not None]
