@@ -17,7 +17,7 @@ def main() -> int:
     """The command line."""
     source, base, *pairs = sys.argv[1:]
     script = str(Path(source) / "convert_lora_to_gguf.py")
-    sys.path.insert(0, source)
+    sys.path[0] = source  # in the place of this folder, whose modules are not meant
     for number, pair in enumerate(pairs, 1):
         adapter, _, out = pair.rpartition("=")
         if Path(out).exists():

@@ -21,20 +21,20 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+if __name__ == "__main__":  # its own folder has modules of names that libraries have
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from compare.arguments import context, options_of, parse, place_of  # noqa: E402
-from compare.bars import Verdict, bars, judge  # noqa: E402
-from compare.cells import Options  # noqa: E402
-from compare.environments import UnavailableError, install  # noqa: E402
-from compare.measured import Kept, Store  # noqa: E402
-from compare.ours import MAIN  # noqa: E402
-from compare.peers import RECIPES, chosen, prepare_files  # noqa: E402
-from compare.registered import measure, prepare  # noqa: E402
-from compare.report import ratios, render, rows_of, write_cells, write_ratios  # noqa: E402
-from compare.target import MATRIX, REGISTERED, Place, Target  # noqa: E402
-from compare.visits import FAILURES, visit  # noqa: E402
+from compare.arguments import context, options_of, parse, place_of
+from compare.bars import Verdict, bars, judge
+from compare.cells import Options
+from compare.environments import UnavailableError, install
+from compare.measured import Kept, Store
+from compare.ours import MAIN
+from compare.peers import RECIPES, chosen, prepare_files
+from compare.registered import measure, prepare
+from compare.report import ratios, render, rows_of, write_cells, write_ratios
+from compare.target import MATRIX, REGISTERED, Place, Target
+from compare.visits import FAILURES, visit
 
 READY = "prepared"
 

@@ -64,13 +64,17 @@ async def visit(
 async def _prepared(
     server: PeerServer, target: Target, place: Place, options: Options, number: int
 ) -> Visit:
-    """The adapters registered, and the base's id known."""
-    wanted = [*place.all_r16[: target.wears], *(place.qv_r8 if target.qv else ())]
+    """The adapters registered, and the base's id known.
+
+    What an earlier start has registered is left alone: to register is to load.
+    """
+    listed = await served_models(server.base_url, None)
     if target.runtime:
-        await register(server.base_url, wanted)
+        wanted = [*place.all_r16[: target.wears], *(place.qv_r8 if target.qv else ())]
+        await register(server.base_url, [a for a in wanted if a.name not in listed])
     load = Load(
         base_url=server.base_url,
-        model=(await served_models(server.base_url, None))[0],
+        model=listed[0],
         input_tokens=options.input_tokens,
         output_tokens=options.output_tokens,
         ignore_eos=True,
