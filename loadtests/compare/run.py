@@ -119,10 +119,13 @@ def verdicts(kept: Kept, options: Options, wears: int) -> list[Verdict]:
 
 
 def tell(args: argparse.Namespace, kept: Kept, options: Options) -> int:
-    """Tables, ratios, plots and bars; 1 with --check where a bar is missed or none was judged."""
+    """Tables, ratios, plots and bars; 1 with --check where a bar is missed, none was judged, or a
+    request to Manyhats failed.
+    """
+    rows = rows_of(kept.measured)
     write_cells(args.out, kept)
     second = args.out.with_name(f"{args.out.stem}-ratios.csv")
-    write_ratios(second, ratios(rows_of(kept.measured), MAIN), kept.context)
+    write_ratios(second, ratios(rows, MAIN), kept.context)
     print(render(kept))
     print()
     found = verdicts(kept, options, args.adapters)
@@ -135,7 +138,8 @@ def tell(args: argparse.Namespace, kept: Kept, options: Options) -> int:
             print(f"plotted {path}")
     judged = [verdict for verdict in found if verdict.judged]
     missed = [verdict for verdict in judged if not verdict.met]
-    return int(args.check and (bool(missed) or not judged))
+    failed = [row for row in rows.values() if row.key[0].startswith(MAIN) and row.errors]
+    return int(args.check and (bool(missed or failed) or not judged))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
