@@ -28,7 +28,7 @@ def lines(rows: Mapping[Key, Row], scenario: str, x: int, wanted: set[tuple[str,
         if key[1] != scenario or (key[2], key[3]) not in wanted:
             continue
         rates = [row.value("output_tok_s", n) for n in row.rounds]
-        point = (float(key[x]), statistics.median(rates), min(rates), max(rates))  # type: ignore[arg-type]
+        point = (float(key[x]), statistics.median(rates), min(rates), max(rates))
         found.setdefault(key[0], []).append(point)
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
