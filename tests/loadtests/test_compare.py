@@ -50,7 +50,7 @@ def line(place: Any, name: str) -> str:
 def test_vllm_is_started_with_its_libraries_and_settings(place: Any) -> None:
     (bare,) = peers.chosen(place, ["vllm"])[:1]
     launch = bare.launch(81)
-    assert launch.argv[0] == str(place.peers / "vllm" / "venv" / "bin" / "vllm")
+    assert launch.argv[0] == str(place.peers / "vllm" / "venv" / "bin" / "python")
     assert "--enable-lora" not in launch.argv
     tcmalloc, iomp = launch.env["LD_PRELOAD"].split(":")
     assert tcmalloc.endswith("libtcmalloc_minimal.so.4")
