@@ -34,6 +34,7 @@ class Played:
     offered_request_s: float
     late_p99_ms: float
     by_model: dict[str, tuple[int, int, float]]
+    results: Sequence[RequestResult] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
@@ -119,6 +120,7 @@ async def play(
         offered_request_s=len(requests) / last,
         late_p99_ms=1000 * percentile(player.late, 99),
         by_model=_by_model(player.results),
+        results=player.results,
     )
 
 

@@ -34,7 +34,8 @@ WORDS = tuple(_TEXT.split())
 class Load:
     """What is asked of the server, the same for every cell.
 
-    ``vocab_size``: ids are drawn below it.
+    ``vocab_size``: ids are drawn below it. ``fields``: what the body of a request to a model has
+    besides, for servers that know an adapter by something else than its name.
     """
 
     base_url: str
@@ -49,6 +50,7 @@ class Load:
     seed: int = 0
     timeout_s: float = 600.0
     progress: bool = True
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def body_of(load: Load, model: str, rng: random.Random) -> dict[str, Any]:
     }
     if load.ignore_eos:
         body["ignore_eos"] = True
+    body |= load.fields.get(model, {})
     text = " ".join(rng.choices(WORDS, k=load.input_tokens))
     if load.endpoint == "chat":
         body["messages"] = [{"role": "user", "content": text}]
@@ -177,7 +180,27 @@ def connect(base_url: str, api_key: str | None) -> Connection:
     return Connection(Address.parse(base_url), headers)
 
 
-async def run_cell(load: Load, cell: Cell) -> Summary:
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a cell's requests gave, in the order of their ends; seconds of wall and client CPU."""
+
+    results: list[RequestResult]
+    duration_s: float
+    client_cpu_s: float
+
+    def summary(self, load: Load, cell: Cell) -> Summary:
+        """The same in numbers."""
+        return summarize(
+            self.results,
+            concurrency=cell.concurrency,
+            adapters=cell.adapters,
+            wanted_tokens=load.output_tokens,
+            duration_s=self.duration_s,
+            client_cpu_s=self.client_cpu_s,
+        )
+
+
+async def collect(load: Load, cell: Cell) -> Collected:
     """Runs a cell with ``concurrency`` requests always in flight."""
     bodies = [request_body(load, cell, i) for i in range(cell.requests)]
     waiting = iter(bodies)
@@ -197,14 +220,12 @@ async def run_cell(load: Load, cell: Cell) -> Summary:
             for _ in range(min(cell.concurrency, cell.requests)):
                 group.create_task(worker())
         duration, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return summarize(
-        results,
-        concurrency=cell.concurrency,
-        adapters=cell.adapters,
-        wanted_tokens=load.output_tokens,
-        duration_s=duration,
-        client_cpu_s=cpu,
-    )
+    return Collected(results, duration, cpu)
+
+
+async def run_cell(load: Load, cell: Cell) -> Summary:
+    """Runs a cell with ``concurrency`` requests always in flight, and sums it up."""
+    return (await collect(load, cell)).summary(load, cell)
 
 
 async def warm_up(load: Load, models: Sequence[str]) -> None:

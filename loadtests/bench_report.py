@@ -148,7 +148,8 @@ def _median_ratio(above: Row, below: Row) -> float:
     return statistics.median(a / b for a, b in zip(above.rates, below.rates, strict=True))
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -170,7 +171,7 @@ def environment(started: datetime, args: argparse.Namespace) -> dict[str, str]:
     return {
         "started": started.isoformat(timespec="seconds"),
         "command": shlex.join(["python", "loadtests/run_serve_bench.py", *sys.argv[1:]]),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "manyhats": _own_version(),

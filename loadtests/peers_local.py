@@ -1,9 +1,10 @@
-"""The libraries' own batched generation, as a peer of the server: transformers, and PEFT with mixed
-adapters.
+"""The libraries' own batched generation, as a peer of the server: transformers (``generate``, or
+its continuous batching), and PEFT with mixed adapters.
 
 Meant to be driven by ``run_serve_bench.py`` (a worker of its own process, so that nobody shares its
 memory or its thread pool): it loads once, prints ``{"ready": true}``, and then answers each line on
-stdin with one timed batch as a JSON line. Run by hand, ``--once`` does one batch and ends:
+stdin with one timed batch as a JSON line; a number on the line is the batch's size. Run by hand,
+``--once`` does one batch and ends:
 
     python loadtests/peers_local.py --mode peft --model DIR --adapters DIR1 DIR2 ... --batch 32
     --once
@@ -17,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from bench_stats import percentile
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
 )
@@ -74,6 +78,60 @@ def wear(model: Any, folders: Sequence[Path]) -> Any:
     return worn.eval()
 
 
+def random_prompts(args: argparse.Namespace, seed: int) -> list[list[int]]:
+    """``args.batch`` prompts of ``args.input_tokens`` ids each."""
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(1000, args.vocab_size) for _ in range(args.input_tokens)]
+        for _ in range(args.batch)
+    ]
+
+
+def figures(
+    tokens: int, seconds: float, firsts: Sequence[float], gaps: Sequence[float]
+) -> dict[str, float]:
+    """What a batch is reported as: times in ms, rate in tok/s (``firsts``, ``gaps``: seconds)."""
+    return {
+        "output_tokens": tokens,
+        "duration_s": seconds,
+        "output_tok_s": tokens / seconds,
+        "ttft_p50_ms": 1000 * percentile(firsts, 50),
+        "ttft_p99_ms": 1000 * percentile(firsts, 99),
+        "itl_p50_ms": 1000 * percentile(gaps, 50),
+        "itl_p99_ms": 1000 * percentile(gaps, 99),
+    }
+
+
+def continuous_batch(
+    model: Any, args: argparse.Namespace, seed: int, output_tokens: int
+) -> dict[str, float]:
+    """One greedy batch through ``generate_batch``. Raises RuntimeError where a request failed."""
+    rows = random_prompts(args, seed)
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=output_tokens, eos_token_id=-1, pad_token_id=0
+    )
+    # By itself it takes nine tenths of the machine's memory for its cache, and touches it all.
+    pages = args.batch * (
+        2 + (args.input_tokens + output_tokens) // ContinuousBatchingConfig.page_size
+    )
+    bounds = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=2048)
+    started = time.perf_counter()
+    out = model.generate_batch(
+        inputs=rows,
+        generation_config=greedy,
+        continuous_batching_config=bounds,
+        record_timestamps=True,
+    ).values()
+    seconds = time.perf_counter() - started
+    tokens = [len(one.generated_tokens) for one in out]
+    if tokens != [output_tokens] * args.batch:
+        errors = {one.error for one in out}
+        raise RuntimeError(f"continuous batching gave {tokens} tokens: {errors}")
+    times = [one.timestamps or [] for one in out]
+    gaps = [gap for row in times for gap in _gaps(row)]
+    return figures(sum(tokens), seconds, [row[0] - started for row in times if row], gaps)
+
+
 @torch.inference_mode()
 def timed_batch(
     model: Any, args: argparse.Namespace, names: Sequence[str], seed: int, output_tokens: int
@@ -82,12 +140,7 @@ def timed_batch(
 
     Times in ms, rate in tok/s.
     """
-    rng = random.Random(seed)
-    rows = [
-        [rng.randrange(1000, args.vocab_size) for _ in range(args.input_tokens)]
-        for _ in range(args.batch)
-    ]
-    ids = torch.tensor(rows, device=model.device)
+    ids = torch.tensor(random_prompts(args, seed), device=model.device)
     clock = _Clock()
     extra: dict[str, Any] = {}
     if names:
@@ -104,17 +157,11 @@ def timed_batch(
     )
     seconds = time.perf_counter() - started
     tokens = args.batch * (out.shape[1] - args.input_tokens)
-    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    first = clock.times[0] - started
-    return {
-        "output_tokens": tokens,
-        "duration_s": seconds,
-        "output_tok_s": tokens / seconds,
-        "ttft_p50_ms": 1000 * first,
-        "ttft_p99_ms": 1000 * first,
-        "itl_p50_ms": 1000 * percentile(gaps, 50),
-        "itl_p99_ms": 1000 * percentile(gaps, 99),
-    }
+    return figures(tokens, seconds, [clock.times[0] - started], _gaps(clock.times))
+
+
+def _gaps(times: Sequence[float]) -> list[float]:
+    return [b - a for a, b in pairwise(times)]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -122,7 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--mode", choices=["transformers", "peft"], required=True)
+    p.add_argument("--mode", choices=["transformers", "peft", "continuous"], required=True)
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--adapters", type=Path, nargs="*", default=[], help="adapter folders (peft)")
     p.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
@@ -150,15 +197,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [folder.name for folder in args.adapters]
     if names:
         model = wear(model, args.adapters)
+
+    def batch(seed: int, output_tokens: int) -> dict[str, float]:
+        if args.mode == "continuous":
+            return continuous_batch(model, args, seed, output_tokens)
+        return timed_batch(model, args, names, seed, output_tokens)
+
     # The first batch after loading pays for packing weights and for allocations.
-    timed_batch(model, args, names, args.seed - 1, output_tokens=4)
+    batch(args.seed - 1, output_tokens=4)
     if args.once:
-        print(json.dumps(timed_batch(model, args, names, args.seed, args.output_tokens)))
+        print(json.dumps(batch(args.seed, args.output_tokens)))
         return 0
     print(json.dumps({"ready": True}), flush=True)
-    for turn, _ in enumerate(sys.stdin):
-        result = timed_batch(model, args, names, args.seed + turn, args.output_tokens)
-        print(json.dumps(result), flush=True)
+    for turn, line in enumerate(sys.stdin):
+        if line.strip().isdigit():
+            args.batch = int(line)
+        print(json.dumps(batch(args.seed + turn, args.output_tokens)), flush=True)
     return 0
 
 

@@ -28,6 +28,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+async def register(base_url: str, folders: Sequence[Path]) -> None:
+    """Registers each folder under its own name through /v1/load_lora_adapter.
+
+    Raises ServerError.
+    """
+    connection = Connection(Address.parse(base_url))
+    for folder in tqdm(folders, desc="registering", unit="adapter"):
+        body = orjson.dumps({"lora_name": folder.name, "lora_path": str(folder.resolve())})
+        response = await connection.request("POST", "/v1/load_lora_adapter", body)
+        content = await connection.read_all()
+        if response.status != 200:
+            raise ServerError(
+                f"{folder.name}: HTTP {response.status}: {content.decode(errors='replace')}"
+            )
+    await connection.close()
+
+
 class ServerProcess:
     """One ``manyhats serve`` on a free port.
 
@@ -80,20 +97,8 @@ class ServerProcess:
         raise ServerError(f"server not ready after {timeout_s:.0f} s:\n{self._tail()}")
 
     async def register(self, folders: Sequence[Path]) -> None:
-        """Registers each folder under its own name through /v1/load_lora_adapter.
-
-        Raises ServerError.
-        """
-        connection = Connection(Address.parse(self.base_url))
-        for folder in tqdm(folders, desc="registering", unit="adapter"):
-            body = orjson.dumps({"lora_name": folder.name, "lora_path": str(folder.resolve())})
-            response = await connection.request("POST", "/v1/load_lora_adapter", body)
-            content = await connection.read_all()
-            if response.status != 200:
-                raise ServerError(
-                    f"{folder.name}: HTTP {response.status}: {content.decode(errors='replace')}"
-                )
-        await connection.close()
+        """Registers each folder under its own name. Raises ServerError."""
+        await register(self.base_url, folders)
 
     def peak_mib(self) -> float:
         """The process's largest resident set so far, MiB (Linux; nan elsewhere)."""
@@ -127,10 +132,13 @@ class ServerProcess:
 
 
 class LocalPeer:
-    """A ``peers_local.py`` worker: loads once, then runs one timed batch a call."""
+    """A ``peers_local.py`` worker: loads once, then runs one timed batch a call.
 
-    def __init__(self, flags: Sequence[str], log: Path) -> None:
-        self.command = [sys.executable, str(Path(__file__).with_name("peers_local.py")), *flags]
+    ``python``: the interpreter of the environment that has the libraries.
+    """
+
+    def __init__(self, flags: Sequence[str], log: Path, python: str = sys.executable) -> None:
+        self.command = [python, str(Path(__file__).with_name("peers_local.py")), *flags]
         with log.open("wb") as err:
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
@@ -138,14 +146,19 @@ class LocalPeer:
         self._log = log
         self._read()
 
-    def batch(self) -> dict[str, float]:
-        """One timed batch: what ``peers_local.timed_batch`` returns.
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def batch(self, size: int | None = None) -> dict[str, float]:
+        """One timed batch (of ``size`` from here on): what ``peers_local.figures`` returns.
 
         Raises ServerError when the worker died.
         """
         if self._process.stdin is None:
             raise ServerError("the worker has no stdin")
-        self._process.stdin.write("go\n")
+        self._process.stdin.write("go\n" if size is None else f"{size}\n")
         self._process.stdin.flush()
         return self._read()
 

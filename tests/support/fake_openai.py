@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,11 +35,17 @@ class FakeServer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         first, *lines = head[:-4].split("\r\n")
         headers = {n.lower(): v.strip() for n, _, v in (line.partition(":") for line in lines)}
+        if first.startswith("GET /health "):
+            self._plain(writer, 200, {})
+            return True
         if first.startswith("GET /v1/models "):
             models = {"data": [{"id": m} for m in ("base", "b-two", "a-one")]}
             self._plain(writer, 200, models)
             return True
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
+        if first.startswith("POST /v1/load_lora_adapter "):
+            self._plain(writer, 200, {})
+            return True
         mood = self.mood(len(self.bodies))
         self.bodies.append(body)
         self.headers.append(headers | {"path": first.split(" ")[1]})
@@ -97,3 +104,13 @@ async def running(fake: FakeServer) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
+
+
+async def main(port: int) -> None:
+    """Serves on a port until the process is ended."""
+    server = await asyncio.start_server(FakeServer().serve, "127.0.0.1", port)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1])))
