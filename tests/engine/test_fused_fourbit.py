@@ -30,12 +30,13 @@ from manyhats_kernels.triton.attention import TritonAttention
 from manyhats_kernels.triton.backend import TritonBackend
 from manyhats_kernels.triton.lora import Launcher
 
-LAYERS = 2
-CONFIG = Qwen2Config(  # with biases at q, k and v
+# Biases at q, k and v. Runs of 64 values end with their rows: bitsandbytes' own AVX512 kernel, by
+# which the plain weights are made, reads others wrong.
+CONFIG = Qwen2Config(
     vocab_size=VOCAB,
     hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=LAYERS,
+    intermediate_size=128,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=512,
@@ -47,7 +48,7 @@ CONFIG = Qwen2Config(  # with biases at q, k and v
 WORN = {"all": (3, "proj"), "q and v": (17, "q_proj v_proj"), "down": (1, "down_proj")}
 """Ranks and the names of sites. With the last adapter, whose rank is 5, they take all slots."""
 
-PROMPTS = [[5, 9, 33, 7, 12, 60], [4, 100, 8], [70] * 17, [150, 3, 9, 9, 20], [44, 3], [9] * 5]
+PROMPTS = [[5, 9, 33, 7], [4], [70, 8, 2], [150, 3], [44, 3, 9], [9, 100]]
 NAMES = ["all", None, "q and v", "last", "down", None]
 
 
@@ -133,7 +134,7 @@ def test_a_mixed_batch_is_that_of_both_apart_and_of_the_plain_weights(
     """Base rows, worn slots without rows at some sites, the last slot, ragged ranks, a bias and a
     scale beside the rows; steps with prompts in them and decodes.
     """
-    sampling = params(4, ignore_eos=True, logprobs=5)
+    sampling = params(3, ignore_eos=True, logprobs=5)
     logits, outputs = [], []
     for backend in (triton_backend, apart):
         with started(models, home, monkeypatch, backend) as engine:
@@ -144,13 +145,13 @@ def test_a_mixed_batch_is_that_of_both_apart_and_of_the_plain_weights(
             assert_at_rest(engine)
         tokens = sum(len(p) for p in PROMPTS)
         epilogue = backend is triton_backend
-        assert products == [(t, epilogue) for t in (tokens, 6, 6, 6) for _ in range(7 * LAYERS)]
+        assert products == [(t, epilogue) for t in (tokens, 6, 6) for _ in range(7)]
     for together, alone in zip(*logits, strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
         assert not torch.equal(together, alone)  # rounded once, not twice
     oracle = Oracle(models[1], engine.engine.base.spec)
     for prompt, name, output in zip(PROMPTS, NAMES, outputs[0], strict=True):
-        expected, scores = oracle.greedy(prompt, engine.adapters.get(name), 4)
+        expected, scores = oracle.greedy(prompt, engine.adapters.get(name), 3)
         assert output.token_ids == expected, name
         for got, right in zip(output.logprobs, scores, strict=True):
             for token, logprob in got.top:
@@ -171,14 +172,15 @@ def test_only_where_a_worn_adapter_has_rows(models, home, monkeypatch, products)
             "q and v": [True, False, True] + [False] * 4,
         }
         for name, layer in q_k_v_o_gate_up_down.items():
-            assert found[name] == layer * LAYERS * 2, name
+            assert found[name] == layer * 2, name
 
 
 def test_long_steps_and_scaled_inputs_are_made_apart(models, home, monkeypatch, products):
     with started(models, home, monkeypatch, triton_backend, slots=5) as engine:
         prompt = [3 + i % 90 for i in range(quant.EXPAND_UP_TO + 1)]
+        products.clear()  # of the probing pass
         outputs = engine.generate([prompt], params(1), ["all"])
-        assert products == [(len(prompt), False)] * 7 * LAYERS
+        assert products == [(len(prompt), False)] * 7
         oracle = Oracle(models[1], engine.engine.base.spec)
         assert outputs[0].token_ids == oracle.greedy(prompt, engine.adapters["all"], 1)[0]
         engine.generate(PROMPTS[:1], params(1), ["scaled"])
@@ -191,7 +193,6 @@ def test_long_steps_and_scaled_inputs_are_made_apart(models, home, monkeypatch, 
 
 
 def test_in_graphs_the_bits_are_those_of_eager_steps(models, home, monkeypatch, products):
-    """A step of three, padded to four."""
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
     logits = []
     for captured in (False, True):
@@ -200,10 +201,10 @@ def test_in_graphs_the_bits_are_those_of_eager_steps(models, home, monkeypatch, 
         with engine:
             engine.generate(PROMPTS[:4], params(1), [*WORN, "last"])
             logits.append(logits_of(engine))
-            engine.generate(PROMPTS[:3], params(3, ignore_eos=True), ["last", None, "q and v"])
-    assert stand_in.sizes == [4, 4]
+            engine.generate(PROMPTS[:4], params(2, ignore_eos=True), NAMES[:4])
+    assert stand_in.sizes == [4]
     assert (4, True) in products
-    assert len(logits[0]) == 3
+    assert len(logits[0]) == 2
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
 

@@ -32,6 +32,36 @@ BATCHES = {
 }
 
 
+class QuickBackend(StaticBackend):
+    """With attention in plain PyTorch, by the plan's tensors, whatever its host fields say."""
+
+    def kv_cache_shape(self, num_blocks, block_size, kv_heads, head_dim):
+        return (num_blocks, block_size, kv_heads, head_dim)
+
+    def store_kv(self, k, v, k_cache, v_cache, batch):
+        real = batch.slot_mapping >= 0
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.flatten(0, 1)[batch.slot_mapping[real]] = new[real]
+
+    def paged_attention(self, q, k_cache, v_cache, batch, *, scale, **_):
+        out = torch.zeros_like(q)
+        starts, size = batch.query_start.tolist(), batch.block_size
+        for i, context in enumerate(batch.context_lens.tolist()):
+            if not context:
+                continue
+            own, at = slice(starts[i], starts[i + 1]), torch.arange(context)
+            block = batch.block_tables[i][at // size].long()
+            keys, values = (
+                cache[block, at % size].repeat_interleave(q.shape[1] // cache.shape[2], 1)
+                for cache in (k_cache, v_cache)
+            )
+            scores = torch.einsum("qhd,khd->hqk", q[own], keys) * scale
+            first = context - scores.shape[1]
+            scores[:, at[None] > torch.arange(first, context)[:, None]] = -torch.inf
+            out[own] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        return out
+
+
 def of_kinds(kinds):
     return lambda base: {kind: random_adapter(kind, base.spec) for kind in kinds if kind}
 
@@ -46,26 +76,30 @@ def eager_never(monkeypatch):
 def test_a_replay_has_the_bits_of_an_eager_step(name, home, monkeypatch):
     """With adapters on the device whose parts no graph could hold, worn by nobody in these steps.
 
-    The last sequence ends first: a step of three is padded to four.
+    The last sequence ends first: a step of three is padded to four, and PyTorch's products of four
+    rows on a CPU have other bits than those of three.
     """
     kinds = {kind for batch in BATCHES[name] for kind in batch} | set(EAGER)
+    names = sorted(kinds - {None})
     sampling = [params(n, ignore_eos=True) for n in (3, 3, 3, 2)]
     steps = []
     for captured in (False, True):
-        worn = of_kinds(sorted(kinds - {None}))
-        engine = engine_of(tiny_model(name), home, worn, monkeypatch, slots=32, pool_rows=400)
+        worn, settings = of_kinds(names), {"slots": 32, "pool_rows": 400}
+        engine = engine_of(tiny_model(name), home, worn, monkeypatch, QuickBackend, **settings)
         stand_in = with_graphs(engine) if captured else None
         with engine:
-            for kind in sorted(kinds - {None}):  # so that all are there
-                engine.generate(PROMPTS[:1], params(1), [kind])
+            engine.generate([[5]] * len(names), params(1), names)  # so that all are there
             steps.append(logits_of(engine))
             for batch in BATCHES[name]:
                 outputs = engine.generate(PROMPTS, sampling, batch)
                 assert [o.error for o in outputs] == [None] * 4
             assert_at_rest(engine)
     assert stand_in.sizes == [4, 4] * len(BATCHES[name])
-    assert len(steps[0]) == len(steps[1])
-    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
+    for eager, replayed in zip(*steps, strict=True):
+        if len(eager) == 4:
+            assert torch.equal(eager, replayed)
+        else:
+            torch.testing.assert_close(eager, replayed, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("eager_never")
@@ -92,7 +126,7 @@ def test_what_is_launched_decides_which_graph(home, monkeypatch):
     logits = []
     for captured in (False, True):
         draw.manual_seed(3)
-        engine = engine_of(tiny_model("llama"), home, worn, monkeypatch)
+        engine = engine_of(tiny_model("llama"), home, worn, monkeypatch, QuickBackend)
         stand_in = with_graphs(engine) if captured else None
         with engine:
             logits.append(logits_of(engine))
@@ -163,8 +197,7 @@ def test_no_part_reads_a_value_back(name, home, monkeypatch):
     )
     with_graphs(engine, watched, max_num_seqs=32)
     with engine:
-        for kind in HELD:
-            engine.generate(PROMPTS[:1], params(1), [kind])
+        engine.generate([[5]] * len(HELD), params(1), list(HELD))  # so that all are there
         prompts = [PROMPTS[0]] * len(HELD)
         outputs = engine.generate(prompts, params(2, ignore_eos=True), list(HELD))
         assert [o.error for o in outputs] == [None] * len(HELD)
