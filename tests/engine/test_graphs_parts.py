@@ -88,7 +88,7 @@ def test_a_replay_has_the_bits_of_an_eager_step(name, home, monkeypatch):
         engine = engine_of(tiny_model(name), home, worn, monkeypatch, QuickBackend, **settings)
         stand_in = with_graphs(engine) if captured else None
         with engine:
-            engine.generate([[5]] * len(names), params(1), names)  # so that all are there
+            engine.generate([[5, 9]] * len(names), params(1), names)  # so that all are there
             steps.append(logits_of(engine))
             for batch in BATCHES[name]:
                 outputs = engine.generate(PROMPTS, sampling, batch)
@@ -197,7 +197,7 @@ def test_no_part_reads_a_value_back(name, home, monkeypatch):
     )
     with_graphs(engine, watched, max_num_seqs=32)
     with engine:
-        engine.generate([[5]] * len(HELD), params(1), list(HELD))  # so that all are there
+        engine.generate([[5, 9]] * len(HELD), params(1), list(HELD))  # so that all are there
         prompts = [PROMPTS[0]] * len(HELD)
         outputs = engine.generate(prompts, params(2, ignore_eos=True), list(HELD))
         assert [o.error for o in outputs] == [None] * len(HELD)
