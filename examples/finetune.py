@@ -99,6 +99,8 @@ def hand_over(args: argparse.Namespace, best: Outcome, held_out: Sequence[Pair])
         if args.canary is not None and not card["stable"]:
             canary(server, args.name, card["version"], args.canary)
             print(f"{called} is a canary for {args.canary:g} % of the callers")
+        elif args.canary is not None:
+            print(f"{called} is the first of its name and so stable: it is no canary")
     return 0
 
 

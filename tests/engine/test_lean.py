@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,20 @@ from manyhats.engine.model.lean import lean_imports
 def forget_triton(monkeypatch):
     for name in [m for m in sys.modules if m.partition(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_start_brings_along_neither_compiler_nor_optimizers():
+    """In a process of its own: what this one has imported already proves nothing."""
+    code = (
+        "import sys, torch, manyhats.app as _; "
+        "print(*sorted({'torch._dynamo', 'scipy', 'triton'} & sys.modules.keys())); "
+        "import torch._dynamo, scipy.special; "
+        "print(torch._dynamo.__name__, torch.compile.__module__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded, after = ran.stdout.splitlines()
+    assert loaded == ("triton" if torch.cuda.is_available() else "")
+    assert after == "torch._dynamo torch"
 
 
 @pytest.mark.parametrize("cuda", [False, True])

@@ -7,31 +7,50 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 import torch
+
+_MARKS: Final = ("allow_in_graph", "assume_constant_result", "disable")
+
+
+def _unmarked(function: Any = None, **_options: Any) -> Any:
+    """In place of what compiles a function or marks it for torch's compiler: as it is."""
+    return function if function is not None else _unmarked
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """What is imported meanwhile finds torch.compile switched off and, without a GPU, no Triton.
+    """What is imported meanwhile finds no compiler of torch's, no SciPy and, without a GPU, no
+    Triton.
 
-    bitsandbytes has its optimizers, and what it does on other devices, compiled by torch, for which
-    torch imports all of its compiler. torch asks for Triton, which is for GPUs alone. Both do
-    without when it is not there; what has been imported already, stays.
+    bitsandbytes has its optimizers, and what it does on other devices, compiled by torch, and
+    transformers marks functions for it that only other models and its own generation call; for
+    either, torch imports all of its compiler. transformers' losses of object detection import
+    SciPy's optimizers. torch asks for Triton, which is for GPUs alone. All do without; what has
+    been imported already, stays.
     """
     modules: dict[str, Any] = sys.modules
-    hidden = [] if torch.cuda.is_available() or "triton" in modules else ["triton"]
-    compiler = torch.compile
-    vars(torch)["compile"] = partial(compiler, disable=True)  # its own switch
-    modules.update(dict.fromkeys(hidden))  # None: not to be found (Python's import system)
+    places: list[tuple[dict[str, Any], str, Any]] = [(vars(torch), "compile", _unmarked)]
+    places += [(vars(torch.compiler), mark, _unmarked) for mark in _MARKS]
+    if "torch._dynamo" not in modules:
+        marks = SimpleNamespace(**dict.fromkeys(_MARKS, _unmarked))
+        places.append((vars(torch), "_dynamo", marks))
+    wanted = {"triton"} if torch.cuda.is_available() else set()
+    for name in {"triton", "scipy"} - wanted - modules.keys():
+        places.append((modules, name, None))  # None: not to be found (Python's import system)
+    before = [(place, name, place.get(name)) for place, name, _ in places]
+    for place, name, value in places:
+        place[name] = value
     try:
         yield
     finally:
-        for name in hidden:
-            modules.pop(name, None)
-        vars(torch)["compile"] = compiler
+        for place, name, was in before:
+            if was is None:
+                del place[name]
+            else:
+                place[name] = was
 
 
 with lean_imports():
