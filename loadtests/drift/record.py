@@ -105,9 +105,9 @@ async def answer(app: Application, ref: AdapterRef, text: str, seed: int) -> Sig
         ttft_s=first - begun, inter_token_s=pause,
     )  # fmt: skip
     lanes = await client.compare(
-        CompareRequest(DEFAULT_TENANT, prompt + tuple(tokens), 1, (ref, None))
+        CompareRequest(DEFAULT_TENANT, prompt + tuple(tokens), len(prompt), (ref, None), 1)
     )
-    scored = rescored(lanes[0], lanes[1], len(prompt) - 1, whole=True)
+    scored = rescored(lanes[0], lanes[1], len(prompt) - 1)
     return {
         **output_signals(done),
         **prompt_signals(done, client.tokenizer.decode(prompt)),

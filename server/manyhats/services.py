@@ -184,6 +184,8 @@ async def _compare(
     token_ids: tuple[int, ...],
     start: int,
     adapters: tuple[AdapterRef | None, ...],
+    others_from: int,
 ) -> tuple[LaneScores, ...]:
     """The engine's comparison as drift detection asks for it."""
-    return await client.compare(CompareRequest(tenant, token_ids, start, adapters))
+    request = CompareRequest(tenant, token_ids, start, adapters, others_from)
+    return await client.compare(request)

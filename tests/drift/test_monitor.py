@@ -292,10 +292,10 @@ def test_replicas_merge_their_references_through_redis(adapters, tmp_path, redis
         assert sketches[0].dump() == sketches[1].dump()
 
 
-def lane(tokens, *, other=True):
+def lane(tokens, prompt=0, *, other=True):
     return SimpleNamespace(
-        logprobs=[-1.0] * tokens,
-        entropies=[0.5] * tokens,
+        logprobs=[-2.0] * prompt + [-1.0] * tokens,
+        entropies=[0.5] * (prompt + tokens),
         divergences=[0.25] * tokens if other else [],
         agreements=[True] * tokens if other else [],
         hidden_mean=[0.0] * 8,
@@ -306,12 +306,14 @@ def test_samples_are_scored_again_against_the_base_and_beside_stable(world):
     done = []
     asked = []
 
-    async def compare(tenant, token_ids, start, adapters):
-        asked.append((len(token_ids), start, [str(a) if a else None for a in adapters]))
+    async def compare(tenant, token_ids, start, adapters, others_from):
+        lanes = [str(a) if a else None for a in adapters]
+        asked.append((len(token_ids), start, others_from, lanes))
         if len(asked) == 3:
             raise QueueFullError("busy")
         count = len(token_ids) - start
-        return [lane(count, other=i > 0) for i in range(len(adapters))]
+        own, prompt = lane(count, other=False), start - others_from
+        return [own, *(lane(count, prompt) for _ in adapters[1:])]
 
     ref = ref_of(world.adapters, 2)
 
@@ -337,12 +339,11 @@ def test_samples_are_scored_again_against_the_base_and_beside_stable(world):
         return dropped
 
     assert asyncio.run(run()) == ["too_long", "rescoring", "failed"]
-    assert asked[0] == (9, 1, ["pirate@2", None])
-    assert asked[1] == (12, 2, ["pirate@2", None, "pirate@2"])
+    assert asked[0] == (9, 4, 1, ["pirate@2", None])
+    assert asked[1] == (12, 4, 1, ["pirate@2", None, "pirate@2"])
     first, second = done[0], done[1]
-    assert len(first[1].kl) == 5
-    assert first[1].prompt_nll == 1.0
-    assert second[1].prompt_nll is None
+    assert len(first[1].kl) == len(first[1].other_logprobs) == len(first[1].own_logprobs) == 5
+    assert (first[1].prompt_nll, second[1].prompt_nll) == (2.0, 2.0)
     assert len(second[2].kl) == 8
     for each in done:
         world.monitor.rescored(*each)

@@ -53,9 +53,9 @@ def served(base, home, adapters, **settings) -> LocalEngine:
     return engine
 
 
-def compare(engine: LocalEngine, *lanes: str | None, start: int = START, tokens=TOKENS):
+def compare(engine: LocalEngine, *lanes: str | None, start=START, tokens=TOKENS, others_from=0):
     refs = tuple(engine.ref(lane) if lane else None for lane in lanes)
-    request = CompareRequest(DEFAULT_TENANT, tokens, start, refs)
+    request = CompareRequest(DEFAULT_TENANT, tokens, start, refs, others_from)
     return asyncio.run(engine.engine.client.compare(request))
 
 
@@ -111,6 +111,50 @@ def test_a_lane_does_not_diverge_from_itself(base, adapters, home):
     assert len(same.divergences) == len(TOKENS) - 1
 
 
+@pytest.mark.parametrize("chunk", [512, 9])
+def test_others_may_be_scored_over_the_prompt_as_well(base, adapters, home, chunk):
+    """The prompt's scores before what is the same without them; a few logits at a time."""
+    with served(base, home, adapters, max_step_tokens=chunk, max_num_seqs=4) as engine:
+        own, other = compare(engine, "everything", None)
+        _, alone = compare(engine, None, None, start=3)
+        same, longer = compare(engine, "everything", None, others_from=3)
+    assert same == own
+    assert longer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    assert longer.entropies == pytest.approx(alone.entropies, abs=1e-5)
+    assert longer.hidden_mean == pytest.approx(alone.hidden_mean, abs=1e-5)
+    assert longer.divergences == pytest.approx(other.divergences, abs=1e-5)
+    assert longer.agreements == other.agreements
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_do_not_depend_on_how_the_rows_come(dtype, monkeypatch):
+    """Rows in pieces that straddle the answer's beginning, and looked at one by one or together."""
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(11, 40, generator=generator).mul(4).to(dtype) for _ in range(2)]
+    hidden, targets = torch.randn(11, 3, generator=generator), tuple(range(5, 16))
+    kept = [rows.clone() for rows in logits]
+    got = []
+    for cached, pieces in ((40, (2, 4, 5)), (1 << 18, (11,)), (120, (1, 1, 1, 8))):
+        monkeypatch.setattr("manyhats.engine.compare._CACHED", cached)
+        first = LaneProbe(None, targets[4:], keep=True)
+        first.rows(logits[0][4:], hidden[4:])
+        other, begin = LaneProbe(None, targets, first=first), 0
+        for size in pieces:
+            other.rows(logits[1][begin : begin + size], hidden[begin : begin + size])
+            begin += size
+        got.append(other.scores())
+    p, q = (torch.log_softmax(rows.double(), -1) for rows in logits)
+    for scores in got:
+        divergence = (p.exp() * (p - q)).sum(-1)[4:]
+        assert scores.divergences == pytest.approx(divergence.tolist(), abs=1e-5)
+        assert scores.entropies == pytest.approx((-q * q.exp()).sum(-1).tolist(), abs=1e-5)
+        assert scores.confidences == pytest.approx(q.exp().amax(-1).tolist(), abs=1e-6)
+        own = q.gather(1, torch.tensor(targets)[:, None])[:, 0]
+        assert scores.logprobs == pytest.approx(own.tolist(), abs=1e-5)
+    for rows, before in zip(logits, kept, strict=True):
+        assert torch.equal(rows, before)
+
+
 def test_divergence_counts_nothing_where_the_first_allows_nothing():
     p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]).log()
     q = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
@@ -129,6 +173,8 @@ def test_what_cannot_be_compared_is_refused(base, adapters, home):
             ({"start": 0}, RequestError, "answer_start is 0"),
             ({"start": len(TOKENS)}, RequestError, "answer_start is 150 of 150"),
             ({"tokens": many}, RequestError, "compare_mb"),
+            ({"others_from": START + 1}, RequestError, r"others_from is 22; .* 1 to answer_start"),
+            ({"others_from": -1}, RequestError, "others_from is -1"),
             ({}, ContextLengthError, "over the context of 100"),
         ):
             with pytest.raises(error, match=word):

@@ -73,7 +73,7 @@ class EvaluationReferences:
             self._decode(answer),
             Ending.STOP,
         )
-        scored = rescored(pair.lanes[0], pair.lanes[-1], 0, whole=False)
+        scored = rescored(pair.lanes[0], pair.lanes[-1], 0)
         values: Values = {
             **output_signals(done),
             **prompt_signals(done, self._decode(prompt)),

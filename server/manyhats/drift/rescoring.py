@@ -35,11 +35,11 @@ class Lane(Protocol):
 
     @property
     def divergences(self) -> Sequence[float]:
-        """KL(first lane || this one), in nats; empty of the first."""
+        """KL(first lane || this one) of the answer's tokens, in nats; empty of the first."""
 
     @property
     def agreements(self) -> Sequence[bool]:
-        """Whether both top choices are the same; empty of the first."""
+        """Whether both top choices of them are the same; empty of the first."""
 
     @property
     def hidden_mean(self) -> Sequence[float]:
@@ -47,9 +47,8 @@ class Lane(Protocol):
 
 
 class Compare(Protocol):
-    """Scores tokens from ``start`` on with each of ``adapters`` (None: the base), teacher-forced.
-
-    Raises ManyhatsError.
+    """Scores tokens from ``start`` on with each of ``adapters`` (None: the base), teacher-forced;
+    all but the first from ``others_from`` on. Raises ManyhatsError.
     """
 
     async def __call__(
@@ -58,6 +57,7 @@ class Compare(Protocol):
         token_ids: tuple[int, ...],
         start: int,
         adapters: tuple[AdapterRef | None, ...],
+        others_from: int,
     ) -> Sequence[Lane]:
         """See Compare."""
 
@@ -133,28 +133,26 @@ class Rescorer:
         adapters: tuple[AdapterRef | None, ...] = (done.adapter, None)
         if sample.stable is not None:
             adapters += (sample.stable,)
-        # As much of the prompt as there is room for: its perplexity needs all of it.
-        start = max(1, len(tokens) - self._longest)
-        lanes = await self._compare(done.tenant, tokens, start, adapters)
-        head = len(done.prompt_token_ids) - start
-        whole = start == 1
-        beside = rescored(lanes[0], lanes[2], head, whole=whole) if len(lanes) > 2 else None
-        self._found(sample, rescored(lanes[0], lanes[1], head, whole=whole), beside)
+        # The own lane is for the answer alone; the base's perplexity of the prompt needs it whole.
+        start = len(done.prompt_token_ids)
+        lanes = await self._compare(done.tenant, tokens, start, adapters, 1)
+        beside = rescored(lanes[0], lanes[2], start - 1) if len(lanes) > 2 else None
+        self._found(sample, rescored(lanes[0], lanes[1], start - 1), beside)
 
 
-def rescored(own: Lane, other: Lane, head: int, *, whole: bool) -> Rescored:
-    """Two lanes over prompt and answer as one; the first ``head`` entries are the prompt's, all of
-    it after its first token where ``whole`` says so: what is of the prompt is left out otherwise.
+def rescored(own: Lane, other: Lane, head: int) -> Rescored:
+    """Two lanes: ``own`` over the answer, ``other`` over ``head`` tokens of the prompt as well,
+    which are all of it after its first.
     """
     prompt = other.logprobs[:head]
     return Rescored(
-        own_logprobs=own.logprobs[head:],
+        own_logprobs=own.logprobs,
         other_logprobs=other.logprobs[head:],
-        kl=other.divergences[head:],
-        agrees=other.agreements[head:],
-        entropy=own.entropies[head:],
-        prompt_nll=-sum(prompt) / len(prompt) if prompt and whole else None,
-        hidden=other.hidden_mean if whole else (),
+        kl=other.divergences,
+        agrees=other.agreements,
+        entropy=own.entropies,
+        prompt_nll=-sum(prompt) / len(prompt) if prompt else None,
+        hidden=other.hidden_mean,
     )
 
 

@@ -129,11 +129,13 @@ class AsyncEngine:
     async def compare(self, request: CompareRequest) -> tuple[LaneScores, ...]:
         """See ``EngineClient.compare``."""
         self._check(request)
-        targets, several = request.token_ids[request.answer_start :], len(request.adapters) > 1
+        several = len(request.adapters) > 1
         probes: list[LaneProbe] = []
         async with self._comparing:
             for adapter in request.adapters:
                 first = probes[0] if probes else None
+                start = request.answer_start if first is None else request.others_start
+                targets = request.token_ids[start:]
                 probe = LaneProbe(adapter, targets, first=first, keep=several and first is None)
                 lane = GenerationRequest(
                     request_id=f"compare-{uuid.uuid4().hex}",
@@ -143,7 +145,7 @@ class AsyncEngine:
                     adapter=adapter,
                     arrival=time.monotonic(),
                     priority=Priority.BACKGROUND,
-                    scores_from=request.answer_start,
+                    scores_from=start,
                 )
                 await self.probe(lane, probe)
                 probes.append(probe)
@@ -165,6 +167,12 @@ class AsyncEngine:
                 f"answer_start is {request.answer_start} of {len(request.token_ids)} tokens: at "
                 "least one must lie before it and one behind",
                 param="answer_start",
+            )
+        if not 1 <= request.others_start <= request.answer_start:
+            raise RequestError(
+                f"others_from is {request.others_from}; it must be 1 to answer_start "
+                f"({request.answer_start}), or 0 for that",
+                param="others_from",
             )
         if len(request.adapters) > 1 and answer > self._max_compared_tokens:
             raise RequestError(

@@ -4,8 +4,8 @@ Each version (a lane) reads prompt and answer in one background sequence, and fo
 answer its whole next-token distribution is looked at. Lanes run one after the other; the logits of
 the first lane's answer are kept meanwhile as the model gave them, in its dtype (so nothing is lost
 to rounding), and those of a further lane meet them as they come out of a step. Both are turned into
-fp32 log-probabilities ``_CHUNK`` rows at a time. So what is held between steps is answer tokens
-times vocabulary in the model's dtype, which ``compare_mb`` bounds, and no fp32 copy of it.
+fp32 log-probabilities a few rows at a time. So what is held between steps is answer tokens times
+vocabulary in the model's dtype, which ``compare_mb`` bounds, and no fp32 copy of it.
 
 With p the first lane's distribution before a token and q another's: entropy is -sum p log p,
 divergence sum p log(p / q) over the full vocabulary (Kullback and Leibler 1951), both in nats.
@@ -22,14 +22,17 @@ from manyhats.errors import EngineFailedError
 from manyhats.types import AdapterRef
 
 _CHUNK: Final = 64
+_CACHED: Final = 1 << 18
+"""Logits that a CPU looks at together: a dozen passes go over their megabyte of fp32, which a
+core's own cache holds."""
 
 
 class LaneProbe:
     """One lane's rows as the steps make them; ``scores`` once all have come.
 
-    ``targets``: the answer's tokens. ``first``: the lane to compare with, None for the first one;
-    ``keep``: whether further lanes will be compared with this one. Called on the step thread, read
-    once the request has ended.
+    ``targets``: the tokens that get a score. ``first``: the lane to compare with, None for the
+    first one, whose targets are the last ones of this lane; ``keep``: whether further lanes will be
+    compared with this one. Called on the step thread, read once the request has ended.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class LaneProbe:
         self._adapter = adapter
         self._targets = targets
         self._first = first
+        self._alone = 0 if first is None else len(targets) - len(first._targets)
         self._keep = keep
         self._kept: list[torch.Tensor] = []
         self._hidden: torch.Tensor | None = None
@@ -66,15 +70,16 @@ class LaneProbe:
             total = hidden.float().sum(0)
             self._hidden = total if self._hidden is None else self._hidden + total
         begin = len(self._logprobs)
-        for start in range(0, len(logits), _CHUNK):
-            chunk = logits[start : start + _CHUNK]
-            self._score(chunk, begin + start)
+        some = max(1, _CACHED // logits.shape[-1]) if logits.device.type == "cpu" else _CHUNK
+        for start in range(0, len(logits), some):
+            self._score(logits[start : start + some], begin + start)
 
     def scores(self) -> LaneScores:
         """The lane's figures. Raises RuntimeError while rows are missing."""
         if len(self._logprobs) != len(self._targets) or self._hidden is None:
             raise RuntimeError(f"{len(self._logprobs)} of {len(self._targets)} rows are scored")
-        agrees = () if self._first is None else zip(self._first._top, self._top, strict=True)
+        both = self._top[self._alone :]
+        agrees = () if self._first is None else zip(self._first._top, both, strict=True)
         return LaneScores(
             adapter=self._adapter,
             logprobs=tuple(self._logprobs),
@@ -87,31 +92,44 @@ class LaneProbe:
         )
 
     def _score(self, logits: torch.Tensor, begin: int) -> None:
-        logp = torch.log_softmax(logits.float(), -1)
-        p = logp.exp()
+        shifted, top, total = _shifted(logits)
+        logsum = total.log()
         targets = self._targets[begin : begin + len(logits)]
         index = torch.tensor(targets, dtype=torch.int64, device=logits.device)[:, None]
-        self._logprobs += logp.gather(1, index)[:, 0].tolist()
-        confidence, top = p.max(-1)
-        self._confidences += confidence.tolist()
+        self._logprobs += (shifted.gather(1, index)[:, 0] - logsum).tolist()
         self._top += top.tolist()
-        self._entropies += torch.special.entr(p).sum(-1).tolist()
-        if self._first is not None:
-            self._divergences += _divergence(
-                self._first._reference(begin, begin + len(logits)), logp
-            ).tolist()
+        self._confidences += total.reciprocal().tolist()
+        self._entropies += (logsum - _expected(shifted.exp(), shifted) / total).tolist()
+        if self._first is not None and (ahead := max(0, self._alone - begin)) < len(logits):
+            rows = slice(begin + ahead - self._alone, begin + len(logits) - self._alone)
+            logq = shifted[ahead:].sub_(logsum[ahead:, None])
+            self._divergences += _divergence(self._first._reference(rows), logq).tolist()
 
-    def _reference(self, begin: int, end: int) -> torch.Tensor:
-        """fp32 log-probabilities of the kept rows begin:end."""
+    def _reference(self, rows: slice) -> torch.Tensor:
+        """fp32 log-probabilities of the kept rows."""
         pieces, offset = [], 0
         for kept in self._kept:
-            pieces.append(kept[max(0, begin - offset) : max(0, end - offset)])
+            pieces.append(kept[max(0, rows.start - offset) : max(0, rows.stop - offset)])
             offset += len(kept)
-        return torch.log_softmax(torch.cat(pieces).float(), -1)
+        shifted, _, total = _shifted(torch.cat(pieces))
+        return shifted.sub_(total.log()[:, None])
+
+
+def _shifted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(fp32 logits less their row's maximum, where that is, the sum of their exponentials)."""
+    shifted = logits.float()
+    if shifted is logits:
+        shifted = logits.clone()
+    best, top = shifted.max(-1)
+    shifted.sub_(best[:, None])
+    return shifted, top, shifted.exp().sum(-1)
+
+
+def _expected(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The sum over each row of weights times values; what has no weight counts nothing."""
+    return values.masked_fill(weights == 0, 0).mul_(weights).sum(-1)
 
 
 def _divergence(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of each row, [R], never below zero; infinite where q rules out what p allows."""
-    p = logp.exp()
-    terms = torch.where(p > 0, p * (logp - logq), torch.zeros_like(p))
-    return terms.sum(-1).clamp_min(0.0)
+    return _expected(logp.exp(), logp - logq).clamp_min_(0.0)

@@ -98,25 +98,32 @@ class EngineStats:
 class CompareRequest:
     """The same tokens for several versions of the model. ``token_ids``: prompt, then answer, whose
     first token is at ``answer_start`` (at least 1: something must predict it). ``adapters``: one or
-    more lanes, None for the bare base; the others are compared with the first.
+    more lanes, None for the bare base; the others are compared with the first. ``others_from``: an
+    earlier token, from which the others are scored by themselves, 0: the answer's first.
     """
 
     tenant: TenantId
     token_ids: tuple[int, ...]
     answer_start: int
     adapters: tuple[AdapterRef | None, ...]
+    others_from: int = 0
+
+    @property
+    def others_start(self) -> int:
+        """The first token that the lanes after the first are scored of."""
+        return self.others_from or self.answer_start
 
 
 @dataclass(frozen=True, slots=True)
 class LaneScores:
-    """What one version of the model says of each token of an answer, in its order.
+    """What one version of the model says of each token scored, in their order.
 
-    ``logprobs``: of the answer's own token, in nats. ``top_ids``: the likeliest token (of equals
+    ``logprobs``: of the token itself, in nats. ``top_ids``: the likeliest token (of equals
     any one). ``confidences``: its probability. ``entropies``: of the distribution, in nats.
     ``divergences``: KL(first lane || this lane) over the full vocabulary, in nats, and
-    ``agreements``: whether both likeliest tokens are the same; both empty for the first lane.
-    ``hidden_mean``: what the head is given (the final norm's output), mean over the positions that
-    predict the answer, in fp32.
+    ``agreements``: whether both likeliest tokens are the same; both of the answer's tokens alone,
+    and empty for the first lane. ``hidden_mean``: what the head is given (the final norm's output),
+    mean over the positions that predict the tokens scored, in fp32.
     """
 
     adapter: AdapterRef | None
