@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manyhats_kernels.backend import DTYPES, SiteRows
 from manyhats_kernels.batch import AdapterBatch
+from manyhats_kernels.static_batch import StaticAdapterBatch
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -84,7 +85,7 @@ class Expand:
     shrunk: Tensor
     b: Tensor
     rows: SiteRows
-    batch: AdapterBatch
+    batch: AdapterBatch | StaticAdapterBatch
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyhats_kernels.backend import DTYPES, SiteRows
+from manyhats_kernels.batch import AdapterBatch, Planned
 from manyhats_kernels.fourbit import FourBitWeight
 
 
@@ -148,4 +149,60 @@ class GroupedMatmul(Protocol):
 
         ``x`` is bf16 [T, K], its rows contiguous; sums are fp32, rounded once. Raises ValueError on
         shapes or dtypes that do not fit, and on weights that :meth:`takes` does not take.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedFourBit:
+    """4-bit matrices that multiply the same x, each with its bias or None, and the adapters' pools
+    at each. Raises ValueError where they do not fit together.
+    """
+
+    weights: tuple[FourBitWeight, ...]
+    biases: tuple[Tensor | None, ...]
+    sites: SiteGroup
+
+    def __post_init__(self) -> None:
+        if not len(self.weights) == len(self.biases) == len(self.sites.sites):
+            raise ValueError(
+                f"{len(self.weights)} matrices, {len(self.biases)} biases and "
+                f"{len(self.sites.sites)} sites"
+            )
+        for weight, out in zip(self.weights, self.sites.outs, strict=True):
+            if weight.shape != (out, self.sites.in_features):
+                raise ValueError(
+                    f"a matrix is {weight.shape}, its site {(out, self.sites.in_features)}"
+                )
+
+    def check(self, x: Tensor, worn: Sequence[bool], batch: Planned) -> None:
+        """Raise ValueError, naming what is wrong, unless the arguments fit
+        :meth:`FusedFourBit.matmul_4bit_lora_group`.
+        """
+        sites = self.sites
+        if x.dtype != sites.dtype or x.shape != (batch.num_tokens, sites.in_features):
+            raise ValueError(
+                f"x must be [{batch.num_tokens}, {sites.in_features}] of {sites.dtype}, got "
+                f"{tuple(x.shape)} {x.dtype}"
+            )
+        if len(worn) != len(self.weights):
+            raise ValueError(f"worn has {len(worn)} entries for {len(self.weights)} matrices")
+        if sites.num_slots < batch.num_slots:
+            raise ValueError(f"rows cover {sites.num_slots} slots, the plan {batch.num_slots}")
+
+
+@runtime_checkable
+class FusedFourBit(Protocol):
+    """A backend that adds the adapters' low-rank products while it multiplies by 4-bit weights."""
+
+    def matmul_4bit_lora_group(
+        self, x: Tensor, group: AdaptedFourBit, worn: Sequence[bool], batch: AdapterBatch
+    ) -> list[Tensor]:
+        """``y_i[t] = W_i x[t] + bias_i + (x[t] @ A_s.T) @ B_s`` for each matrix ``i``.
+
+        ``W_i`` is as in :meth:`FourBit.matmul_4bit`; ``A_s`` and ``B_s`` are the rows at site ``i``
+        of ``s = batch.slots[t]``, as in :meth:`Backend.lora_add`. ``worn[i]`` says whether a token
+        wears an adapter with rows at site ``i``: where none does, nothing of it is read. ``x`` is
+        ``[T, K]``, its last dimension contiguous, of the sites' dtype. Sums are fp32; a result is
+        rounded once, or twice where a product is made first and the low-rank one added to it.
+        Returns contiguous ``[T, N_i]``. Raises ValueError on what does not fit.
         """

@@ -6,10 +6,14 @@ The codes and the layout are those of bitsandbytes (QLoRA, arXiv 2305.14314): it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from manyhats_kernels.batch import AdapterBatch
 from manyhats_kernels.fourbit import Expand, FourBitWeight, check_matmul_4bit
+from manyhats_kernels.groups import AdaptedFourBit, SiteWeights
 
 
 def scales(weight: FourBitWeight) -> Tensor:
@@ -48,3 +52,27 @@ def matmul_4bit(
                 shrunk = expand.shrunk[:, token, :count].sum(0)
                 y[token] += shrunk @ expand.b[start : start + count].float()
     return y.to(x.dtype)
+
+
+def matmul_4bit_lora_group(
+    x: Tensor, group: AdaptedFourBit, worn: Sequence[bool], batch: AdapterBatch
+) -> list[Tensor]:
+    """See ``FusedFourBit.matmul_4bit_lora_group``: one site after the other, rounded once."""
+    group.check(x, worn, batch)
+    return [
+        matmul_4bit(x, weight, bias, _shrunk(x, site, batch) if here else None)
+        for weight, bias, site, here in zip(
+            group.weights, group.biases, group.sites.sites, worn, strict=True
+        )
+    ]
+
+
+def _shrunk(x: Tensor, site: SiteWeights, batch: AdapterBatch) -> Expand:
+    """Each token's first half, one token at a time."""
+    width = max((int(site.rows.count[slot]) for slot in batch.worn), default=0)
+    halves = torch.zeros((1, x.shape[0], width), device=x.device)
+    for token, slot in enumerate(batch.slots.tolist()):
+        if slot >= 0:
+            start, count = int(site.rows.start[slot]), int(site.rows.count[slot])
+            halves[0, token, :count] = site.a[start : start + count].float() @ x[token].float()
+    return Expand(halves, site.b, site.rows, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,23 @@ from torch import Tensor
 
 from manyhats_kernels.batch import AdapterBatch
 from manyhats_kernels.triton.plan import DECODE_TOKENS, TokenTiles, cut, most_tiles
+
+
+@dataclass(frozen=True, eq=False)
+class StaticRows:
+    """Who wears what among rows that a static plan's tokens were made into, a head a row say.
+
+    For the operations that look at a row's slot alone: ``bias_add``, ``scale_rows``, ``norm_rows``.
+    ``slots`` is int32 [rows], on the device.
+    """
+
+    slots: Tensor
+    num_slots: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of rows."""
+        return self.slots.shape[0]
 
 
 class StaticAdapterBatch:
@@ -77,7 +95,21 @@ class StaticAdapterBatch:
         table[: tiles.size] = tiles
         self._buffer.copy_(staged, non_blocking=True)
 
+    def per_head(self, heads: int, *, heads_first: bool) -> StaticRows:
+        """The plan of ``heads`` rows a token; ``heads_first``: all tokens of a head together.
+
+        Made on the device, without a wait.
+        """
+        shape = (heads, self.num_tokens) if heads_first else (self.num_tokens, heads)
+        of_tokens = self.slots if heads_first else self.slots[:, None]
+        return StaticRows(of_tokens.expand(shape).reshape(-1), self.num_slots)
+
     def _parts(self, buffer: Tensor) -> list[Tensor]:
         """The buffer's views: slots, order, segment_slots, segment_offsets, tiles."""
         ends = np.cumsum(self._sizes).tolist()
         return [buffer[end - size : end] for size, end in zip(self._sizes, ends, strict=True)]
+
+
+def any_worn(batch: AdapterBatch | StaticAdapterBatch | StaticRows) -> bool:
+    """Whether a token may wear an adapter: of a static plan the host does not know."""
+    return not isinstance(batch, AdapterBatch) or bool(batch.segments)

@@ -4,11 +4,14 @@
 
 Ways without adapters: this project's kernel at 4 bits (``read4``), the matrix dequantized first
 (``dequantize``), what dispatch chooses of the two (``chosen``), bitsandbytes' matmul_4bit and bf16
-F.linear. With adapters (each token another one's): ``unfused`` is the product, then shrink and
-expand; ``fused`` is the shrink, then the product with the expand as its epilogue. Each is first
-held to the product in fp32. The bound is what must be read once, the packed weights, scales, x, y
-and the adapters' rows (for bf16 its own weights), over the bandwidth measured in this run. The
-tokens from which ``dequantize`` wins belong in ``DEQUANTIZE_FROM`` of ``triton/quant.py``.
+F.linear. With adapters (each token another one's), as the engine calls them: ``unfused`` is the
+product, then shrink and expand; ``fused`` is the shrink, then the product with the expand as its
+epilogue; both also of q, k and v, which share a shrink. Each is first held to the product in fp32.
+The bound is what must be read once, the packed weights, scales, x, y and the adapters' rows (for
+bf16 its own weights), over the bandwidth measured in this run. ``beside_us`` is the median without
+adapters and, added to it, the adapters' bytes over that bandwidth: what the fused form is held to.
+The tokens from which ``dequantize`` wins belong in ``DEQUANTIZE_FROM`` of ``triton/quant.py``,
+those up to which ``fused`` does in ``EXPAND_UP_TO``.
 """
 
 from __future__ import annotations
@@ -16,35 +19,50 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 import triton
-from gpu_timing import Shape, bandwidth, measure
+from gpu_timing import Shape, Times, bandwidth, measure
 from torch.nn import functional
 
 from manyhats.engine.model.fourbit import weight_of
-from manyhats_kernels import Expand, FourBitWeight
+from manyhats_kernels import FourBitWeight, resolve
+from manyhats_kernels.groups import AdaptedFourBit, SiteGroup, SiteWeights
 from manyhats_kernels.triton import quant
-from manyhats_kernels.triton.lora import Launcher, Site, launch_shrink
-from manyhats_kernels.triton.plan import token_tiles
-from manyhats_kernels.triton.quant import TritonFourBit
-from manyhats_kernels.triton.tiles import TileTable
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+QKV = ((4096, 4096), (1024, 4096), (1024, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RANKS = (8, 16, 64)
-Product = Callable[[int], torch.Tensor]
+Product = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make a product of copy i, and the bytes that it must move; those of the adapters
+    among them, 0 without any.
+    """
+
+    name: str
+    product: Product
+    bytes_moved: int
+    rank: int = 0
+    extra: int = 0
 
 
 class Layers:
-    """Copies of one layer, each with weights of its own, and an input."""
+    """Copies of one layer, each with weights of its own, and their input."""
 
-    def __init__(self, shape: tuple[int, int], tokens: int, copies: int, nested: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, int], x: torch.Tensor, copies: int, nested: bool, backend: Any
+    ) -> None:
         n_out, n_in = shape
-        self.x = torch.randn(tokens, n_in, device="cuda", dtype=torch.bfloat16)
+        self.x = x
         self.dense = [
             torch.randn(n_out, n_in, device="cuda", dtype=torch.bfloat16) * n_in**-0.5
             for _ in range(copies)
@@ -54,20 +72,20 @@ class Layers:
             for w in self.dense
         ]
         self.weights: list[FourBitWeight] = [weight_of(*packed) for packed in self.packed]
-        self.backend = TritonFourBit()
+        self.backend = backend
 
-    def read4(self, i: int, expand: Expand | None = None) -> torch.Tensor:
+    def read4(self, i: int) -> torch.Tensor:
         """At 4 bits, whatever the number of tokens."""
         tile = quant.tile_for(self.x.shape[0], self.x.dtype)
         block_k = quant.block_k_for(tile, self.x.shape[1])
         if block_k is None:
             raise ValueError(f"no step along K fits {self.x.shape[1]}")
         processors = quant.chip_of(self.x.device)[1]
-        return quant.fused(self.x, self.weights[i], None, expand, tile, block_k, processors)
+        return quant.fused(self.x, self.weights[i], None, None, tile, block_k, processors)
 
-    def ways(self) -> dict[str, Product]:
-        """The products by name, each of copy i."""
-        return {
+    def ways(self) -> list[Way]:
+        """The products without adapters, each held to the one in fp32."""
+        made: dict[str, Callable[[int], torch.Tensor]] = {
             "read4": self.read4,
             "dequantize": lambda i: functional.linear(
                 self.x, self.backend.dequantize_4bit(self.weights[i], torch.bfloat16)
@@ -78,6 +96,15 @@ class Layers:
             ),
             "bf16": lambda i: functional.linear(self.x, self.dense[i]),
         }
+        for name, way in made.items():
+            exact = self.x.float() @ self.dense[0].float().T if name == "bf16" else self.exact()
+            check(way(0), exact)
+        return [Way(name, way, self.bytes_moved(name)) for name, way in made.items()]
+
+    def exact(self) -> torch.Tensor:
+        """The product of the first copy's quantized weights, in fp32."""
+        dense = self.backend.dequantize_4bit(self.weights[0], torch.bfloat16)
+        return self.x.float() @ dense.float().T
 
     def bytes_moved(self, way: str) -> int:
         """Weights as the way stores them, scales, x and y."""
@@ -96,74 +123,94 @@ def check(actual: torch.Tensor, exact: torch.Tensor) -> None:
         raise SystemExit(f"a wrong product: relative RMS error {error.item():.3g}")
 
 
-def with_adapters(layers: Layers, rank: int) -> tuple[dict[str, Product], int]:
-    """Unfused and fused, every token with an adapter of its own, and the adapters' bytes."""
-    tokens, n_in = layers.x.shape
-    shape = Shape(tokens, tokens, rank, n_in, layers.dense[0].shape[0])
-    batch, (_, sites) = shape.plan(), shape.sites(len(layers.dense), torch.bfloat16)
-    tiles = token_tiles(batch)
-    launcher = Launcher(TileTable.load(), quant.chip_of(layers.x.device)[0])
-    tile = launcher.table.pick(launcher.chip, "shrink", tiles.tokens, 16, n_in)
-    mid = torch.empty(1, tile.split, tokens, rank, dtype=torch.float32, device="cuda")
+def with_adapters(group: Sequence[Layers], rank: int) -> Iterator[Way]:
+    """Unfused and fused, every token with an adapter of its own at each layer of the group."""
+    first = group[0]
+    backend, x, copies = first.backend, first.x, len(first.dense)
+    tokens, n_in = x.shape
+    shapes = [Shape(tokens, tokens, rank, n_in, layers.dense[0].shape[0]) for layers in group]
+    batch = shapes[0].plan()
+    sites = [shape.sites(copies, torch.bfloat16)[1] for shape in shapes]
+    groups = [
+        AdaptedFourBit(
+            tuple(layers.weights[i] for layers in group),
+            (None,) * len(group),
+            SiteGroup([SiteWeights(own[i].a, own[i].b, own[i].rows) for own in sites]),
+        )
+        for i in range(copies)
+    ]
 
-    def unfused(i: int) -> torch.Tensor:
-        y = layers.read4(i)
-        site = Site(y, sites[i].a, sites[i].b, sites[i].rows)
-        launcher.add([site], layers.x, tiles, max_rows=rank)
-        return y
+    def unfused(i: int) -> list[torch.Tensor]:
+        ys = [backend.matmul_4bit(x, weight) for weight in groups[i].weights]
+        backend.lora_add_group(ys, x, groups[i].sites, batch)
+        return ys
 
-    def fused(i: int) -> torch.Tensor:
-        # tokens are in the order of their slots here, so places are tokens
-        launch_shrink(mid, [sites[i]], layers.x, tiles, tile)
-        return layers.read4(i, Expand(mid[0], sites[i].b, sites[i].rows, batch))
+    def fused(i: int) -> list[torch.Tensor]:
+        made: list[torch.Tensor] = backend.matmul_4bit_lora_group(
+            x, groups[i], [True] * len(group), batch
+        )
+        return made
 
-    dense = layers.backend.dequantize_4bit(layers.weights[0], torch.bfloat16).float()
-    exact = layers.x.float() @ dense.T
-    a, b = (pool.float().view(tokens, rank, -1) for pool in (sites[0].a, sites[0].b))
-    exact += torch.einsum("tk,trk,trn->tn", layers.x.float(), a, b)
-    for way in (unfused, fused):
-        check(way(0), exact)
-    return {"unfused": unfused, "fused": fused}, 2 * tokens * rank * (n_in + shape.n_out)
+    extra = sum(2 * tokens * rank * (n_in + shape.n_out) for shape in shapes)
+    size = extra + sum(layers.bytes_moved("read4") for layers in group)
+    for name, way in (("unfused", unfused), ("fused", fused)):
+        for y, layers, own in zip(way(0), group, sites, strict=True):
+            a, b = (pool.float().view(tokens, rank, -1) for pool in (own[0].a, own[0].b))
+            check(y, layers.exact() + torch.einsum("tk,trk,trn->tn", x.float(), a, b))
+        yield Way(name, way, size, rank, extra)
+
+
+def ways_of(group: Sequence[Layers]) -> list[Way]:
+    """All ways of a layer, or of several that read the same x; ``chosen`` is first."""
+    if len(group) == 1:
+        plain = sorted(group[0].ways(), key=lambda way: way.name != "chosen")
+    else:
+
+        def alone(i: int) -> list[torch.Tensor]:
+            return [la.backend.matmul_4bit(la.x, la.weights[i]) for la in group]
+
+        plain = [Way("chosen", alone, sum(layers.bytes_moved("chosen") for layers in group))]
+    few = group[0].x.shape[0] <= quant.EXPAND_UP_TO
+    return plain + [way for rank in RANKS if few for way in with_adapters(group, rank)]
 
 
 def bench(options: argparse.Namespace, rate: float) -> list[dict[str, object]]:
     """The rows of every shape, number of tokens and way."""
+    backend = resolve("triton", device=torch.device("cuda"), cache_dir=Path()).backend
     rows: list[dict[str, object]] = []
-    for shape in SHAPES:
-        copies = max(2, options.megabytes * 2_000_000 // (shape[0] * shape[1]))
+    for shapes in (*((shape,) for shape in SHAPES), QKV):
+        outs, n_in = [n for n, _ in shapes], shapes[0][1]
+        copies = max(2, options.megabytes * 2_000_000 // (sum(outs) * n_in))
         for tokens in TOKENS:
-            layers = Layers(shape, tokens, copies, options.nested)
-            ways = [(name, way, 0, layers.bytes_moved(name)) for name, way in layers.ways().items()]
-            dense = layers.backend.dequantize_4bit(layers.weights[0], torch.bfloat16).float()
-            for _, way, _, _ in ways[:-1]:
-                check(way(0), layers.x.float() @ dense.T)
-            for rank in RANKS if tokens <= 64 else ():
-                made, extra = with_adapters(layers, rank)
-                ways += [
-                    (name, way, rank, layers.bytes_moved(name) + extra)
-                    for name, way in made.items()
-                ]
-            for name, way, rank, size in ways:
-                times = measure(
-                    [lambda way=way, i=i: way(i) for i in range(copies)], rounds=options.rounds
-                )
-                row: dict[str, object] = {
-                    "out": shape[0],
-                    "in": shape[1],
-                    "tokens": tokens,
-                    "way": name,
-                    "rank": rank,
-                    "p10_us": round(times.p10, 2),
-                    "median_us": round(times.median, 2),
-                    "p90_us": round(times.p90, 2),
-                    "bound_us": round(size / rate * 1e6, 2),
-                    "over_bound": round(times.median * rate / size / 1e6, 2),
-                }
-                print("  ".join(str(value) for value in row.values()), flush=True)
-                rows.append(row)
-            del layers, ways
+            x = torch.randn(tokens, n_in, device="cuda", dtype=torch.bfloat16)
+            group = [Layers(shape, x, copies, options.nested, backend) for shape in shapes]
+            plain = 0.0
+            for way in ways_of(group):
+                calls = [lambda way=way, i=i: way.product(i) for i in range(copies)]
+                times = measure(calls, rounds=options.rounds)
+                plain = plain or times.median
+                about = {"out": "+".join(map(str, outs)), "in": n_in, "tokens": tokens}
+                rows.append(about | columns(way, times, plain, rate))
+                print("  ".join(str(value) for value in rows[-1].values()), flush=True)
+            del group, way, calls
             torch.cuda.empty_cache()
     return rows
+
+
+def columns(way: Way, times: Times, plain: float, rate: float) -> dict[str, object]:
+    """What is told of a way; ``plain``: the median of ``chosen`` without adapters."""
+    beside = plain + way.extra / rate * 1e6
+    return {
+        "way": way.name,
+        "rank": way.rank,
+        "p10_us": round(times.p10, 2),
+        "median_us": round(times.median, 2),
+        "p90_us": round(times.p90, 2),
+        "bound_us": round(way.bytes_moved / rate * 1e6, 2),
+        "over_bound": round(times.median * rate / way.bytes_moved / 1e6, 2),
+        "beside_us": round(beside, 2) if way.rank else "",
+        "over_beside": round(times.median / beside, 2) if way.rank else "",
+    }
 
 
 def main() -> int:

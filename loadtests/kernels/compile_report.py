@@ -56,7 +56,8 @@ def main() -> int:
     options = parser.parse_args()
     # No instruction differs without the line tables, and a sixth of the time goes into them.
     triton.knobs.compilation.disable_line_info = True
-    cases = itertools.chain(adapters.cases(TileTable.load()), fourbit.cases(), attention.cases())
+    table = TileTable.load()
+    cases = itertools.chain(adapters.cases(table), fourbit.cases(table), attention.cases())
     report = [compiled(case, target) for case in cases for target in case.targets()]
     if options.write:
         text = DOCUMENT.read_text("utf-8")

@@ -1,7 +1,6 @@
 """Decode steps by graphs: padding, static plans and which steps share a graph.
 
-Without a GPU a stand-in captures: it keeps the plans and masks that a computation was captured
-with and computes again from the same buffers, as a graph would, whatever the running step says.
+Without a GPU a stand-in captures (``support.graphs``).
 """
 
 from __future__ import annotations
@@ -12,52 +11,17 @@ import pytest
 import torch
 from support.device import DEVICE
 from support.engine import LocalEngine, assert_at_rest, base_of, params
+from support.graphs import NothingIsReadBack, engine_of, logits_of, with_graphs
 from support.models import CONFIGS, VOCAB, greedy, tiny_model, tiny_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.random_parts import random_adapter
 
 from manyhats.adapters.parts import CompiledAdapter, LowRank, SiteKind, SiteParts
 from manyhats.engine import graphs, runner
-from manyhats.engine.graphs import CudaCapture, DecodeGraphs, GraphShape
+from manyhats.engine.graphs import CudaCapture
 from manyhats.types import Digest
-from manyhats_kernels import AttentionBatch, Resolved, StaticAttentionBatch
-from manyhats_kernels.reference import ReferenceBackend
-from manyhats_kernels.triton.attention import TritonAttention
+from manyhats_kernels import AttentionBatch, StaticAttentionBatch
 
 PROMPTS = [[5, 9, 33, 7, 12, 60], [4, 100, 8], [70] * 17, [150, 3, 9, 9, 20]]
-HARMFUL = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
-
-
-class NothingIsReadBack(TorchDispatchMode):
-    """Fails where a computation needs a value of a tensor on the host, which no graph can hold."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        assert not name.startswith(HARMFUL), f"{func.name()} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-class StandIn:
-    """Captures without a GPU; ``sizes`` has the number of tokens of each replay."""
-
-    def __init__(self, state):
-        self.state, self.sizes, self.captured = state, [], 0
-
-    def __call__(self, compute):
-        state = self.state
-        plans = state.attention, state.adapters
-        masks = state.active_sites, state.worn_slots
-        out = compute()
-        self.captured += 1
-
-        def replay():
-            before = state.active_sites, state.worn_slots
-            state.active_sites, state.worn_slots = masks
-            with state.static(*plans):
-                out.copy_(compute())
-            state.active_sites, state.worn_slots = before
-            self.sizes.append(out.shape[0])
-
-        return replay, out
 
 
 @pytest.fixture(scope="module")
@@ -80,49 +44,22 @@ def adapter(base, name: str, rank: int, sites: str) -> CompiledAdapter:
     return CompiledAdapter(Digest(name), "lora", parts)
 
 
-class StaticBackend(TritonAttention):
-    """Takes static plans: attention as on a GPU, the adapters' products by the reference."""
-
-    name = "static"
-    takes_static_plans = True
-    lora_add = ReferenceBackend.lora_add
-    lora_add_group = ReferenceBackend.lora_add_group
-    bias_add = ReferenceBackend.bias_add
-
-
-def static_backend(*_args, **_kwargs) -> Resolved:
-    return Resolved(StaticBackend(), "static", "the test's own")
-
-
-def with_graphs(engine: LocalEngine) -> StandIn:
-    """Gives a built engine, not started yet, graphs by the stand-in."""
-    its = engine.engine.loop._runner
-    stand_in = StandIn(its._state)
-    blocks = engine.engine.client.stats().kv_blocks_total
-    shape = GraphShape(max_num_seqs=4, max_blocks=32, block_size=16, cache_blocks=blocks, slots=32)
-    its._fast = DecodeGraphs(
-        lambda *tensors: runner.forward(its._module, *tensors), shape, its._state, DEVICE, stand_in
-    )
-    return stand_in
-
-
 @pytest.fixture
 def both(model, tmp_path, monkeypatch):
     """An engine with graphs, and a plain one, with the same adapters."""
-    monkeypatch.setattr("support.engine.resolve_kernels", static_backend)
+
+    def worn(base):
+        return {
+            "q": adapter(base, "q", 3, "q_proj"),
+            "q2": adapter(base, "q2", 7, "q_proj"),
+            "v": adapter(base, "v", 5, "v_proj"),
+        }
+
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
-    base = base_of(copy.deepcopy(model), tiny_tokenizer())
-    worn = {
-        "q": adapter(base, "q", 3, "q_proj"),
-        "q2": adapter(base, "q2", 7, "q_proj"),
-        "v": adapter(base, "v", 5, "v_proj"),
-    }
-    captured = LocalEngine(base, tmp_path, worn, kernels="torch")
+    captured = engine_of(copy.deepcopy(model), tmp_path, worn, monkeypatch)
     stand_in = with_graphs(captured)
-    monkeypatch.undo()
     plain_base = base_of(copy.deepcopy(model), tiny_tokenizer())
-    plain = LocalEngine(plain_base, tmp_path, worn, kernels="torch")
-    monkeypatch.setattr(graphs, "CAPTURE_AFTER", 0)
+    plain = LocalEngine(plain_base, tmp_path, worn(plain_base), kernels="torch")
     return captured, stand_in, plain
 
 
@@ -189,22 +126,6 @@ def test_prompt_scores_and_prompts_are_never_captured(both):
         assert stand_in.sizes == []
 
 
-def test_steps_with_other_parts_than_rows_are_never_captured(both):
-    """A bias at one site is enough."""
-    captured, _, plain = both
-    name = "model.layers.0.mlp.up_proj"
-    bias = CompiledAdapter(Digest("b"), "lora", {name: SiteParts(bias=torch.full((96,), 0.5))})
-    for engine in (captured, plain):
-        pool = engine.engine.loop._runner._pool
-        pool.write(31, [0] * len(pool.capacity), bias)
-        state = engine.engine.loop._runner._state
-        state.active_sites, state.worn_slots = pool.sites_of_slot[31], 1 << 31
-        assert state.active_sites
-        assert not pool.rows_alone(state)
-        state.end()
-        assert pool.rows_alone(state)
-
-
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_no_model_reads_a_value_back(name, tmp_path, monkeypatch):
     """Every architecture's decode step could be captured, as far as a machine without one tells."""
@@ -268,22 +189,19 @@ def test_a_replay_has_the_bits_of_an_eager_step(tmp_path):
     for captured in (False, True):
         base = base_of(tiny_model("llama").to(DEVICE, torch.bfloat16), tiny_tokenizer())
         worn = {"q": adapter(base, "q", 3, "q_proj"), "all": adapter(base, "all", 5, "proj")}
+        worn["parts"] = random_adapter("everything", base.spec, dtype=torch.bfloat16)
+        worn["stack"] = random_adapter("stack", base.spec, dtype=torch.bfloat16)
         engine = LocalEngine(base, tmp_path, worn, kernels="triton", cuda_graphs=captured)
-        its, kept = engine.engine.loop._runner, seen.setdefault(captured, [])
+        its = engine.engine.loop._runner
         assert (its._fast is not None) == captured
         if captured:
             assert isinstance(its._fast._capture, CudaCapture)
-        run = its.run
-
-        def watched(schedule, run=run, kept=kept):
-            out = run(schedule)
-            kept.append(out.sampling.clone())
-            return out
-
-        its.run = watched
         with engine:
+            engine.generate(PROMPTS, params(1), list(worn))  # so that all adapters are there
+            seen[captured] = logits_of(engine)
             engine.generate(PROMPTS, sampling, ["q", None, "all", "q"])
-            assert not captured or its._fast._graphs
+            engine.generate(PROMPTS, sampling, ["parts", None, "all", "stack"])
+            assert not captured or len(its._fast._graphs) == 2
     assert len(seen[True]) == len(seen[False])
     assert all(torch.equal(a, b) for a, b in zip(seen[True], seen[False], strict=True))
     assert seen[True][0].shape[1] == VOCAB

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from support.device import DEVICE
+from torch import nn
+from transformers import PreTrainedModel
 
 from manyhats_kernels.fourbit import Expand, FourBitWeight, NestedScales
 from manyhats_kernels.testing import Workload, lora_case
@@ -64,3 +69,35 @@ def expand_case(
         if slot >= 0:
             shrunk[:, token, : counts[slot]] = torch.randn(parts, counts[slot], generator=random)
     return Expand(shrunk, case.b, case.rows, case.batch)
+
+
+def in_four_bits(
+    model: PreTrainedModel, *, nested: bool = True
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model with bitsandbytes' NF4 layers in place of its linear ones but the head, on
+    :data:`DEVICE`; and the same weights, dequantized, in plain layers.
+    """
+    plain, four = copy.deepcopy(model), copy.deepcopy(model)
+    for name, module in plain.named_modules():
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        made = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=module.weight.dtype,
+            compress_statistics=nested,
+            quant_type="nf4",
+        )
+        made.weight = Params4bit(
+            module.weight.data.clone(),
+            requires_grad=False,
+            compress_statistics=nested,
+            quant_type="nf4",
+        ).to(DEVICE)
+        made.bias = copy.deepcopy(module.bias)
+        parent, _, child = name.rpartition(".")
+        setattr(four.get_submodule(parent), child, made.eval())
+        dense = bnb.dequantize_4bit(made.weight.data, made.weight.quant_state)
+        module.weight.data = dense.to("cpu", module.weight.dtype)
+    return four.to(DEVICE), plain

@@ -16,11 +16,12 @@ from manyhats_kernels.backend import (
     check_norm,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
-from manyhats_kernels.groups import SiteGroup
-from manyhats_kernels.static_batch import StaticAdapterBatch
+from manyhats_kernels.fourbit import Expand
+from manyhats_kernels.groups import AdaptedFourBit, SiteGroup
+from manyhats_kernels.static_batch import StaticAdapterBatch, StaticRows, any_worn
 from manyhats_kernels.triton.lora import Between, Launcher, Site
 from manyhats_kernels.triton.plan import TokenTiles, token_tiles
-from manyhats_kernels.triton.quant import TritonFourBit
+from manyhats_kernels.triton.quant import EXPAND_UP_TO, TritonFourBit
 from manyhats_kernels.triton.rows import combine_rows, norm_rows
 
 
@@ -55,7 +56,8 @@ class TritonBackend(TritonFourBit):
     """Grouped kernels on one CUDA device; see :class:`manyhats_kernels.backend.Backend`.
 
     Adapters' operations take an :class:`AdapterBatch` or, for steps captured in a CUDA graph, a
-    :class:`StaticAdapterBatch`; none waits for the device. So a worn slot whose rows lie outside
+    :class:`StaticAdapterBatch` (those that look at a row's slot alone also its
+    :class:`StaticRows`); none waits for the device. So a worn slot whose rows lie outside
     the pool, or are more than ``max_rank`` (``max_width`` for a bottleneck), raises nothing: its
     tokens become NaN. Both bound the scratch memory, 4 bytes a token and row.
     """
@@ -113,6 +115,38 @@ class TritonBackend(TritonFourBit):
         sites = [Site(y, s.a, s.b, s.rows) for y, s in zip(ys, group.sites, strict=True)]
         self._launcher.add(sites, x, self._tiles_of(batch), max_rows=self._max_rank)
 
+    def matmul_4bit_lora_group(
+        self,
+        x: Tensor,
+        group: AdaptedFourBit,
+        worn: Sequence[bool],
+        batch: AdapterBatch | StaticAdapterBatch,
+    ) -> list[Tensor]:
+        """See :meth:`FusedFourBit.matmul_4bit_lora_group`.
+
+        Up to :data:`EXPAND_UP_TO` tokens: a shrink for every three sites, then the products, each
+        with its expand as the epilogue. Above: the products, then :meth:`lora_add_group`.
+        """
+        group.check(x, worn, batch)
+        tiles = self._tiles_of(batch)
+        sites = [site for site, here in zip(group.sites.sites, worn, strict=True) if here]
+        products = tuple(zip(group.weights, group.biases, strict=True))
+        if not sites or not tiles.count or x.shape[0] > EXPAND_UP_TO:
+            ys = [self.matmul_4bit(x, weight, bias) for weight, bias in products]
+            own = [y for y, here in zip(ys, worn, strict=True) if here]
+            added = [Site(y, s.a, s.b, s.rows) for y, s in zip(own, sites, strict=True)]
+            self._launcher.add(added, x, tiles, max_rows=self._max_rank)
+            return ys
+        halves = iter(self._launcher.shrink(sites, x, tiles, max_rows=self._max_rank))
+        expands = [
+            Expand(next(halves), site.b, site.rows, batch) if here else None
+            for site, here in zip(group.sites.sites, worn, strict=True)
+        ]
+        return [
+            self.matmul_4bit(x, weight, bias, expand)
+            for (weight, bias), expand in zip(products, expands, strict=True)
+        ]
+
     def bottleneck_add(
         self,
         y: Tensor,
@@ -136,20 +170,22 @@ class TritonBackend(TritonFourBit):
             between=Between(down_bias, kinds),
         )
 
-    def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch | StaticAdapterBatch) -> None:
+    def bias_add(
+        self, y: Tensor, bias: Tensor, batch: AdapterBatch | StaticAdapterBatch | StaticRows
+    ) -> None:
         """See :meth:`Backend.bias_add`: one launch."""
         check_bias(y, bias, batch)
         _check_strides(y, bias)
-        if _any_worn(batch):
+        if any_worn(batch):
             combine_rows(y, bias, batch.slots, scale=False)
 
     def scale_rows(
-        self, y: Tensor, scale: Tensor, batch: AdapterBatch | StaticAdapterBatch
+        self, y: Tensor, scale: Tensor, batch: AdapterBatch | StaticAdapterBatch | StaticRows
     ) -> None:
         """See :meth:`Backend.scale_rows`: one launch."""
         check_bias(y, scale, batch, "scale")
         _check_strides(y, scale)
-        if _any_worn(batch):
+        if any_worn(batch):
             combine_rows(y, scale, batch.slots, scale=True)
 
     def norm_rows(
@@ -159,7 +195,7 @@ class TritonBackend(TritonFourBit):
         gain: Tensor,
         has: Tensor,
         shift: Tensor | None,
-        batch: AdapterBatch | StaticAdapterBatch,
+        batch: AdapterBatch | StaticAdapterBatch | StaticRows,
         *,
         eps: float,
         centered: bool,
@@ -167,7 +203,7 @@ class TritonBackend(TritonFourBit):
         """See :meth:`Backend.norm_rows`: one launch."""
         check_norm(y, x, gain, has, shift, batch)
         _check_strides(y, x, gain, has, *(() if shift is None else (shift,)))
-        if _any_worn(batch):
+        if any_worn(batch):
             norm_rows(y, x, gain, has, shift, batch.slots, eps=eps, centered=centered)
 
     def _tiles_of(self, batch: AdapterBatch | StaticAdapterBatch) -> TokenTiles:
@@ -182,8 +218,3 @@ class TritonBackend(TritonFourBit):
 def _check_strides(*tensors: Tensor) -> None:
     if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
         raise ValueError("the last dimension of every tensor must be contiguous")
-
-
-def _any_worn(batch: AdapterBatch | StaticAdapterBatch) -> bool:
-    """Whether a token may wear an adapter: of a static plan the host does not know."""
-    return isinstance(batch, StaticAdapterBatch) or bool(batch.segments)

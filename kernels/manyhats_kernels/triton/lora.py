@@ -1,9 +1,9 @@
 """Launches of the grouped shrink and expand: all adapters of a step, up to three sites at once.
 
-    mid[i] = x[order[i]] @ A_s.T          (shrink)
-    y[order[i]] += f(mid[i]) @ B_s        (expand)
+    mid[t] = x[t] @ A_s.T          (shrink)
+    y[t] += f(mid[t]) @ B_s        (expand)
 
-where ``s`` is the slot of the tile that holds place ``i``, and A_s, B_s the slot's rows of the
+where ``s`` is the slot of the tile that holds token ``t``, and A_s, B_s the slot's rows of the
 pools. The arithmetic is that of :class:`manyhats_kernels.backend.Backend`; punica's SGMV has the
 same two halves.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from manyhats_kernels.backend import SiteRows
+from manyhats_kernels.groups import SiteWeights
 from manyhats_kernels.triton import lora_kernels
 from manyhats_kernels.triton.plan import TokenTiles
 from manyhats_kernels.triton.tiles import Tile, TileTable
@@ -70,34 +71,41 @@ class Launcher:
         if not tiles.count:
             return
         for group in _groups(sites):
-            self._add_group(group, x, tiles, max_rows, between)
+            mid = self._shrink(group, x, tiles, max_rows)
+            bits = 8 * x.dtype.itemsize
+            widest = max(site.y.shape[1] for site in group)
+            tile = self.table.pick(self.chip, "expand", tiles.tokens, bits, widest)
+            launch_expand(mid, group, tiles, tile, between)
 
-    def _add_group(
-        self,
-        sites: Sequence[Site],
-        x: Tensor,
-        tiles: TokenTiles,
-        max_rows: int,
-        between: Between | None,
-    ) -> None:
+    def shrink(
+        self, sites: Sequence[SiteWeights], x: Tensor, tiles: TokenTiles, *, max_rows: int
+    ) -> list[Tensor]:
+        """Each site's first half, fp32 [parts, T, width] as ``Expand`` has it.
+
+        Of tokens and columns that no worn slot's rows fill it holds whatever was in the memory.
+        Arguments must have been checked, and the tiles be of some tokens.
+        """
+        return [
+            half for group in _groups(sites) for half in self._shrink(group, x, tiles, max_rows)
+        ]
+
+    def _shrink(
+        self, sites: Sequence[Site | SiteWeights], x: Tensor, tiles: TokenTiles, max_rows: int
+    ) -> Tensor:
         bits = 8 * x.dtype.itemsize
-        shrink = self.table.pick(self.chip, "shrink", tiles.tokens, bits, x.shape[1])
-        widest = max(site.y.shape[1] for site in sites)
-        expand = self.table.pick(self.chip, "expand", tiles.tokens, bits, widest)
+        tile = self.table.pick(self.chip, "shrink", tiles.tokens, bits, x.shape[1])
         rank_cap = min(max_rows, max(site.a.shape[0] for site in sites))
         mid = torch.empty(
-            (len(sites), shrink.split, tiles.places, rank_cap),
-            dtype=torch.float32,
-            device=x.device,
+            (len(sites), tile.split, x.shape[0], rank_cap), dtype=torch.float32, device=x.device
         )
-        launch_shrink(mid, sites, x, tiles, shrink)
-        launch_expand(mid, sites, tiles, expand, between)
+        launch_shrink(mid, sites, x, tiles, tile)
+        return mid
 
 
 def launch_shrink(
-    mid: Tensor, sites: Sequence[Site], x: Tensor, tiles: TokenTiles, tile: Tile
+    mid: Tensor, sites: Sequence[Site | SiteWeights], x: Tensor, tiles: TokenTiles, tile: Tile
 ) -> None:
-    """Fill ``mid``, fp32 [sites, split, places, rank_cap], where a worn slot has rows."""
+    """Fill ``mid``, fp32 [sites, split, T, rank_cap], where a worn slot has rows."""
     lora_kernels.shrink_kernel[(tiles.count, tile.split, len(sites))](
         mid,
         x,
@@ -108,7 +116,7 @@ def launch_shrink(
         *_three([site.a.stride(0) for site in sites]),
         x.stride(0),
         x.shape[1],
-        tiles.places,
+        mid.shape[2],
         mid.shape[3],
         BLOCK_T=tile.tokens,
         BLOCK_R=tile.ranks,
@@ -142,7 +150,7 @@ def launch_expand(
         *_three([site.y.shape[1] for site in sites]),
         between.down_bias if between else None,
         between.kinds if between else None,
-        tiles.places,
+        mid.shape[2],
         mid.shape[3],
         BLOCK_T=tile.tokens,
         BLOCK_R=tile.ranks,
@@ -155,7 +163,7 @@ def launch_expand(
     )
 
 
-def _runs(sites: Sequence[Site]) -> Iterator[Tensor | int]:
+def _runs(sites: Sequence[Site | SiteWeights]) -> Iterator[Tensor | int]:
     """The arguments start0 to pool_rows2 of both kernels."""
     yield from _three([site.rows.start for site in sites])
     yield from _three([site.rows.count for site in sites])
@@ -167,7 +175,7 @@ def _three(values: list[T]) -> list[T]:
     return values + values[-1:] * (SITES - len(values))
 
 
-def _groups(sites: Sequence[Site]) -> Iterator[Sequence[Site]]:
+def _groups(sites: Sequence[T]) -> Iterator[Sequence[T]]:
     """Runs of up to three sites."""
     for begin in range(0, len(sites), SITES):
         yield sites[begin : begin + SITES]

@@ -5,9 +5,10 @@ places in ``order``, and (0, 0, 0) for one that is only there to keep the grid's
 serves up to three *sites*: the projections that read the same input. Their arguments come as
 triples, of which ``pick`` takes one.
 
-Sums are fp32. ``mid``, fp32 [sites, SPLIT_K, places, rank_cap], carries the shrunk tokens from one
+Sums are fp32. ``mid``, fp32 [sites, SPLIT_K, tokens, rank_cap], carries the shrunk tokens from one
 kernel to the other: each of the SPLIT_K parts of a row's sum is kept on its own and added up in
-order by the expand, so that no atomic makes a result depend on timing.
+order by the expand, so that no atomic makes a result depend on timing. Its rows are the batch's own
+tokens, so that the 4-bit product, which takes tokens unsorted, reads them too (``Expand``).
 """
 
 import triton
@@ -63,7 +64,7 @@ def activate(v, code):
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def shrink_kernel(
     mid, x, order, tiles,
     a0, a1, a2,
@@ -71,11 +72,11 @@ def shrink_kernel(
     count0, count1, count2,
     pool_rows0, pool_rows1, pool_rows2,
     stride_a0, stride_a1, stride_a2,
-    stride_x, n_in, num_places, rank_cap,
+    stride_x, n_in, num_tokens, rank_cap,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mid[site, part, i, r] = sum over the part's k of x[order[i], k] * a[start + r, k]."""
+    """mid[site, part, t, r] = sum over the part's k of x[t, k] * a[start + r, k], t = order[i]."""
     tile = tl.program_id(0)
     part = tl.program_id(1)
     site = tl.program_id(2)
@@ -99,7 +100,7 @@ def shrink_kernel(
     real = places < end
     tokens = tl.load(order + places, mask=real, other=0).to(tl.int64)
     x_rows = x + tokens[:, None] * stride_x
-    mid_rows = mid + ((site * SPLIT_K + part) * num_places + places)[:, None] * rank_cap
+    mid_rows = mid + ((site * SPLIT_K + part) * num_tokens + tokens)[:, None] * rank_cap
     share = tl.cdiv(tl.cdiv(n_in, SPLIT_K), BLOCK_K) * BLOCK_K
     k_begin = part * share
     k_end = tl.minimum(k_begin + share, n_in)
@@ -172,18 +173,18 @@ def with_ranks(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def expand_kernel(
     mid, order, tiles,
     y0, y1, y2, b0, b1, b2,
     start0, start1, start2, count0, count1, count2,
     pool_rows0, pool_rows1, pool_rows2,
     stride_y0, stride_y1, stride_y2, stride_b0, stride_b1, stride_b2,
-    n_out0, n_out1, n_out2, down_bias, kinds, num_places, rank_cap,
+    n_out0, n_out1, n_out2, down_bias, kinds, num_tokens, rank_cap,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[order[i], n] += sum over r of f(mid[site, :, i, r].sum()) * b[start + r, n].
+    """y[t, n] += sum over r of f(mid[site, :, t, r].sum()) * b[start + r, n], t = order[i].
 
     With ``down_bias`` and ``kinds`` f is the function of a bottleneck (``Backend.bottleneck_add``).
     A run outside the pool makes the tokens NaN.
@@ -227,9 +228,9 @@ def expand_kernel(
     if kinds is not None:
         kind = tl.load(kinds + slot)
     sums = with_ranks(
-        sums, mid + (site * SPLIT_K * num_places + places)[:, None] * rank_cap,
+        sums, mid + (site * SPLIT_K * num_tokens + tokens)[:, None] * rank_cap,
         b + columns[None, :], down_bias, kind, start, count,
-        real[:, None], inside[None, :], num_places * rank_cap, stride_b,
+        real[:, None], inside[None, :], num_tokens * rank_cap, stride_b,
         BLOCK_T, BLOCK_R, SPLIT_K, PRECISION,
     )  # fmt: skip
     tl.store(y_tile, sums, mask=shown)

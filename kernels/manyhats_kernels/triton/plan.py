@@ -32,11 +32,6 @@ class TokenTiles:
     table: Tensor  # int32 [tiles, 3]
 
     @property
-    def places(self) -> int:
-        """Length of ``order``."""
-        return self.order.shape[0]
-
-    @property
     def count(self) -> int:
         """Number of tiles, those of nothing included: the launch grid's first axis."""
         return self.table.shape[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from manyhats_kernels.fourbit import Expand, FourBitWeight, check_matmul_4bit
+from manyhats_kernels.static_batch import any_worn
 from manyhats_kernels.triton import quant_kernels as kernels
 
 
@@ -48,6 +49,14 @@ bytes a weight, once: 22 us at 3.35 TB/s. The two meet after some nine tiles of 
 nearer to the tensor cores' rate than a kernel that decodes, which brings the point down."""
 
 DEQUANTIZE_FROM_ELSEWHERE = 256
+
+EXPAND_UP_TO = 64
+"""Tokens up to which the adapters' expand is the product's epilogue. Not yet measured.
+
+So many are one tile of the 16-bit products, and a worn slot's rows of B are read once. Tokens of
+further tiles may wear the same slot and would have them read again; not so by the grouped expand,
+whose tokens are sorted by slot."""
+
 DEQUANTIZE_BLOCK = 4096
 REDUCE_BLOCK = 1024
 RANK_BLOCK = 16
@@ -132,7 +141,7 @@ class TritonFourBit:
     ) -> Tensor:
         """See :meth:`FourBit.matmul_4bit`."""
         check_matmul_4bit(x, weight, bias, expand)
-        if expand is not None and not expand.batch.segments:
+        if expand is not None and not any_worn(expand.batch):
             expand = None
         tile = tile_for(x.shape[0], x.dtype)
         block_k = block_k_for(tile, weight.shape[1])

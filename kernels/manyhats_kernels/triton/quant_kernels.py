@@ -7,6 +7,8 @@ bits.) Codes come from a table of 16 values, one line of the first-level cache.
 
 Sums are fp32. With several programs along K each keeps its part of the sum in ``parts``, and
 ``reduce_kernel`` adds these in order, so that no atomic makes a result depend on timing.
+
+How many tokens and worn slots there are changes from step to step: no variant is compiled for some.
 """
 
 import triton
@@ -129,7 +131,7 @@ def add_expand(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_segments"])
 def matmul_kernel(
     out,
     parts,
@@ -221,7 +223,7 @@ def matmul_kernel(
         tl.store(out + places, sums, mask=shown)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def reduce_kernel(out, parts, bias, num_tokens, n_out, num_parts, BLOCK: tl.constexpr):
     """out[t, n] = parts[0, t, n] + parts[1, t, n] + ... (+ bias[n])."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -236,7 +238,7 @@ def reduce_kernel(out, parts, bias, num_tokens, n_out, num_parts, BLOCK: tl.cons
     tl.store(out + place, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_segments"])
 def expand_kernel(
     out,
     num_tokens,

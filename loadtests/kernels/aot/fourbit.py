@@ -9,6 +9,7 @@ import torch
 from aot.compiler import Case
 
 from manyhats_kernels.triton import quant, quant_kernels
+from manyhats_kernels.triton.tiles import TileTable
 
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
@@ -78,11 +79,16 @@ def matmul(
     )
 
 
-def cases() -> Iterator[Case]:
-    """Each tile with all that takes registers; a plain one; smaller steps along K; the others."""
+def cases(table: TileTable) -> Iterator[Case]:
+    """Each tile with all that takes registers; a plain one; smaller steps along K; the others.
+
+    An expand adds up as many parts as the largest split of a shrink for few tokens has.
+    """
+    decode = [t for t in table.rows if (t.op, t.phase) == ("shrink", "decode")]
+    most = {bits: max(t.split for t in decode if t.bits == bits) for bits in (16, 32)}
     for tile in quant.MATMUL_TILES:
-        dtype = "bf16" if tile.bits == 16 else "fp32"
-        yield matmul(tile, dtype, tile.block_k, nested=True, parts=4, split=True)
+        dtype, parts = "bf16" if tile.bits == 16 else "fp32", most[tile.bits]
+        yield matmul(tile, dtype, tile.block_k, nested=True, parts=parts, split=True)
     first = quant.MATMUL_TILES[0]
     yield matmul(first, "bf16", first.block_k, nested=False, parts=0, split=False)
     yield matmul(first, "fp16", 32, nested=True, parts=0, split=True)
@@ -119,8 +125,8 @@ def cases() -> Iterator[Case]:
             "out": "*bf16",
             "num_tokens": "i32",
             "n_out": "i32:16",
-            **_expand("bf16", 4),
-            "PARTS": 4,
+            **_expand("bf16", most[16]),
+            "PARTS": most[16],
             "BLOCK_N": last.block_n,
             "BLOCK_T": last.block_t,
             "BLOCK_R": quant.RANK_BLOCK,

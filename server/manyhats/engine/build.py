@@ -18,6 +18,7 @@ from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
 from manyhats.engine.kernels import check_rank
 from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
+from manyhats.engine.launches import LaunchTable
 from manyhats.engine.layers import install
 from manyhats.engine.loop import Deliver, EngineLoop
 from manyhats.engine.mailbox import Mailbox
@@ -269,7 +270,9 @@ def _graphs(
         cache_blocks=cache_blocks,
         slots=pool.slots if pool is not None else 0,
     )
-    return DecodeGraphs(partial(forward, base.module), shape, state, base.device, CudaCapture())
+    launches = pool.launches if pool is not None else LaunchTable(0)
+    compute = partial(forward, base.module)
+    return DecodeGraphs(compute, shape, state, base.device, CudaCapture(), launches)
 
 
 def _snapshot(

@@ -1,9 +1,10 @@
 """Decode steps as CUDA graphs: one launch by the host instead of some thousand.
 
-A graph is captured for a batch size and for what its layers launch: the sites that have rows to
-add. Steps whose adapters have other parts run eagerly. What changes from step to step, ids,
-positions, attention and adapters, lies in buffers that the graph reads; a step of fewer sequences
-than the size is padded.
+A graph is captured for a batch size and for what its layers launch: the parts that some worn
+adapter has, site by site. Steps run eagerly if a worn adapter has parts that the host takes one
+adapter at a time (``LaunchTable``). What changes from step to step, ids, positions,
+attention and adapters, lies in buffers that the graph reads; a step of fewer sequences than the
+size is padded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from manyhats.engine.launches import LaunchTable
 from manyhats.engine.step import StepState
 from manyhats_kernels import AdapterBatch, AttentionBatch, StaticAdapterBatch, StaticAttentionBatch
 
@@ -110,8 +112,10 @@ class DecodeGraphs:
         state: StepState,
         device: torch.device,
         capture: Capture,
+        launches: LaunchTable,
     ) -> None:
         self._forward = forward
+        self._launches = launches
         self._shape = shape
         self._state = state
         self._device = device
@@ -124,14 +128,13 @@ class DecodeGraphs:
         )
         self._off = False
 
-    def takes(self, sequences: int, rows_alone: bool) -> bool:
-        """Whether a decode step of this kind is, or is now due to be, a graph.
-
-        Other parts than rank rows may look at values on the host, so such steps are not captured.
-        """
-        if self._off or not rows_alone or not self._sizes or sequences > self._sizes[-1]:
+    def takes(self, sequences: int) -> bool:
+        """Whether a decode step of this kind is, or is now due to be, a graph."""
+        if self._off or not self._sizes or sequences > self._sizes[-1]:
             return False
         key = self._key(sequences)
+        if key is None:
+            return False
         if key in self._graphs:
             return True
         if len(self._seen) > MAX_KINDS:
@@ -148,15 +151,17 @@ class DecodeGraphs:
     ) -> torch.Tensor | None:
         """Logits [T, V] of a decode step, valid until the next one; plans are on the CPU.
 
-        The step must have begun with the same plans. None, once and for all, when a step cannot be
-        captured: the model does something that a graph cannot hold, which is logged.
+        The step must have begun with the same plans, and be one that ``takes`` takes (ValueError).
+        None, once and for all, when a step cannot be captured: the model does something that a
+        graph cannot hold, which is logged.
         """
-        size = self._size(ids.size)
+        size, key = self._size(ids.size), self._key(ids.size)
+        if key is None:
+            raise ValueError("no graph can hold the running step")
         buffers = self._buffers.get(size)
         if buffers is None:
             buffers = self._buffers[size] = _Buffers(size, self._shape, self._device)
         buffers.load(ids, positions, attention, adapters)
-        key = self._key(ids.size)
         graph = self._graphs.get(key)
         if graph is None:
             try:
@@ -182,9 +187,10 @@ class DecodeGraphs:
             gone, _ = self._graphs.popitem(last=False)
             del self._seen[gone]
 
-    def _key(self, sequences: int) -> tuple[int, int]:
-        """The graph's size and what its layers launch: the sites that have rows to add."""
-        return self._size(sequences), self._state.active_sites
+    def _key(self, sequences: int) -> tuple[int, int] | None:
+        """The graph's size and what its layers launch; None where no graph can hold that."""
+        launches = self._launches.of(self._state)
+        return None if launches is None else (self._size(sequences), launches)
 
     def _size(self, sequences: int) -> int:
         return next(s for s in self._sizes if sequences <= s)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from manyhats.adapters.parts import CompiledAdapter, SiteKind, SiteParts, SiteSpec
+from manyhats.engine.launches import LaunchTable
 from manyhats.engine.parts.embedding import EmbeddingSite
 from manyhats.engine.parts.linear import LinearExtras
 from manyhats.engine.parts.norm import NormSite
@@ -61,6 +62,10 @@ class SitePool:
     def whole_bytes(self, parts: SiteParts) -> int:
         """See ``Site.whole_bytes``."""
         return self.extras.whole_bytes(parts)
+
+    def launches(self, parts: SiteParts) -> frozenset[str] | None:
+        """See ``Site.launches``."""
+        return self.extras.launches(parts)
 
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
         """See ``Site.write``."""
@@ -121,6 +126,15 @@ class PoolGroup:
         head = any(pool.spec.kind is SiteKind.HEAD for pool in pools)
         self._group = None if head else SiteGroup([pool.weights for pool in pools])
 
+    @property
+    def sites(self) -> SiteGroup | None:
+        """The pools as kernels take them; None where they cannot be taken together."""
+        return self._group
+
+    def worn(self, state: StepState) -> list[bool]:
+        """Of each member, whether a worn adapter has rows there."""
+        return [bool(pool.row_slots & state.worn_slots) for pool in self._pools]
+
     def must_run_alone(self, state: StepState) -> bool:
         """Whether the members must be computed one by one: a worn adapter changes the input or
         stands in for a weight.
@@ -132,14 +146,17 @@ class PoolGroup:
 
     def apply(self, x: torch.Tensor, ys: Sequence[torch.Tensor], state: StepState) -> None:
         """Every member's parts added to its y, in place. x: [..., in]; ys: [..., out] each."""
-        worn, batch = state.worn_slots, state.adapters
-        flat = [y.view(-1, y.shape[-1]) for y in ys]
-        if self._group is not None and any(pool.row_slots & worn for pool in self._pools):
+        if self._group is not None and any(self.worn(state)):
+            flat = [y.view(-1, y.shape[-1]) for y in ys]
             x = x.reshape(-1, x.shape[-1])
-            self._backend.lora_add_group(flat, x, self._group, batch)
-        for pool, y in zip(self._pools, flat, strict=True):
-            if pool.extras.slots & worn:
-                pool.extras.finish(y, batch, state)
+            self._backend.lora_add_group(flat, x, self._group, state.adapters)
+        self.finish(ys, state)
+
+    def finish(self, ys: Sequence[torch.Tensor], state: StepState) -> None:
+        """Every member's scales and biases put to its y, in place. ys: [..., out] each."""
+        for pool, y in zip(self._pools, ys, strict=True):
+            if pool.extras.slots & state.worn_slots:
+                pool.extras.finish(y.view(-1, y.shape[-1]), state.adapters, state)
 
 
 _SITES: dict[SiteKind, Callable[[SiteSpec, PoolConfig], Site]] = {
@@ -154,7 +171,7 @@ _PAGED = frozenset({SiteKind.LINEAR, SiteKind.HEAD, SiteKind.RESIDUAL})
 
 
 class AdapterPool:
-    """All sites' pools, and which sites each slot uses.
+    """All sites' pools, which sites each slot uses, and what steps launch for them.
 
     ``override_bytes`` bounds what is kept as whole tensors (replaced rows, whole weights, prefixes,
     soft prompts), over all adapters on the device.
@@ -181,6 +198,7 @@ class AdapterPool:
         self._place = {site.spec.name: i for i, site in enumerate(paged)}
         self._sites_of_slot = [0] * slots
         self._others = 0  # bitmask of the slots that do more than multiply at linear layers
+        self.launches = LaunchTable(slots)
         self._version = 0
 
     @property
@@ -240,6 +258,9 @@ class AdapterPool:
         try:
             if not all(self._is_product(name, parts) for name, parts in adapter.sites.items()):
                 self._others |= 1 << slot
+            self.launches.write(
+                slot, {name: self._site(name).launches(p) for name, p in adapter.sites.items()}
+            )
             for name, parts in adapter.sites.items():
                 used |= 1 << self._index[name]
                 self._sites_of_slot[slot] = used
@@ -258,6 +279,7 @@ class AdapterPool:
             if used >> index & 1:
                 site.clear(slot)
         self._others &= ~(1 << slot)
+        self.launches.clear(slot)
         self._version += 1
 
     def _is_product(self, name: str, parts: SiteParts) -> bool:

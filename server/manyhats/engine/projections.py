@@ -1,7 +1,8 @@
 """Linear layers that read the same input (q, k and v; gate and up), computed together.
 
 The first of them to be called multiplies for all, base and adapters alike; the others hand out what
-is there. So a step makes one native call where it would make three, and x is prepared once.
+is there. So a step makes one native call where it would make three, and x is prepared once. A
+backend that adds the low-rank products while it reads 4-bit weights is given both at once.
 """
 
 from __future__ import annotations
@@ -20,13 +21,29 @@ from manyhats.engine.pool import PoolGroup
 from manyhats.engine.step import StepState
 from manyhats_kernels import Backend
 from manyhats_kernels.fourbit import FourBitWeight
-from manyhats_kernels.groups import DenseWeight, GroupedMatmul, MatrixGroup
+from manyhats_kernels.groups import (
+    AdaptedFourBit,
+    DenseWeight,
+    FusedFourBit,
+    GroupedMatmul,
+    MatrixGroup,
+)
 
 
 class Projections:
     """One group. ``layers``: the members' forwards until now, plain or adapted."""
 
-    __slots__ = ("_adapted", "_base", "_bits", "_matmul", "_matrices", "_outs", "_pools", "_x")
+    __slots__ = (
+        "_adapted",
+        "_base",
+        "_bits",
+        "_fused",
+        "_matmul",
+        "_matrices",
+        "_outs",
+        "_pools",
+        "_x",
+    )
 
     def __init__(
         self, layers: Sequence[Any], backend: Backend, matrices: MatrixGroup | None
@@ -39,8 +56,14 @@ class Projections:
         self._pools = (
             PoolGroup([layer.pool for layer in self._adapted], backend) if self._adapted else None
         )
+        self._fused = fused_products(self._base, self._pools, backend)
         self._x: torch.Tensor | None = None
         self._outs: list[torch.Tensor | None] = []
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether base and low-rank products are made in the same pass."""
+        return self._fused is not None
 
     def take(self, x: torch.Tensor, index: int, state: StepState) -> torch.Tensor:
         """The output of member ``index`` for x: [..., in] -> [..., out]."""
@@ -60,6 +83,10 @@ class Projections:
             return self._plain(x)
         if self._pools.must_run_alone(state):
             return [layer(x) for layer in self._adapted]
+        if self._fused is not None:
+            ys = self._fused(x, self._pools.worn(state), state)
+            self._pools.finish(ys, state)
+            return ys
         ys = self._plain(x)
         self._pools.apply(x, ys, state)
         return ys
@@ -70,6 +97,43 @@ class Projections:
         flat = x.reshape(-1, x.shape[-1])
         ys = self._matmul.matmul_group(flat, self._matrices)
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+class FusedProducts:
+    """A group's 4-bit products with the adapters' low-rank ones in the same pass."""
+
+    __slots__ = ("_backend", "_group")
+
+    def __init__(self, backend: FusedFourBit, group: AdaptedFourBit) -> None:
+        self._backend = backend
+        self._group = group
+
+    def __call__(
+        self, x: torch.Tensor, worn: Sequence[bool], state: StepState
+    ) -> list[torch.Tensor]:
+        """x: [..., in] -> [..., out] of each member; ``worn``: which have rows in this step."""
+        flat = x.reshape(-1, x.shape[-1])
+        ys = self._backend.matmul_4bit_lora_group(flat, self._group, worn, state.adapters)
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def fused_products(
+    base: Sequence[Any], pools: PoolGroup | None, backend: Backend
+) -> FusedProducts | None:
+    """How the group's products are made in one pass, None where they are not.
+
+    ``base``: the members' forwards without adapters. All must be 4-bit layers whose rows can be
+    taken together, and the backend one that fuses; whether a step of so many tokens is worth it is
+    the backend's to know.
+    """
+    four = [layer for layer in base if isinstance(layer, FourBitLinear)]
+    if not isinstance(backend, FusedFourBit) or len(four) < len(base):
+        return None
+    if pools is None or pools.sites is None or len(pools.sites.sites) < len(base):
+        return None
+    weights = tuple(layer.weight for layer in four)
+    biases = tuple(layer.bias for layer in four)
+    return FusedProducts(backend, AdaptedFourBit(weights, biases, pools.sites))
 
 
 class Projection(Hook):
@@ -100,9 +164,9 @@ def install_projections(
         layers: list[Any] = [module.forward for module in members]
         bf16 = dtype == torch.bfloat16
         matrices = matrix_group(members, layers, backend) if bf16 else None
-        if len(members) == 1 and matrices is None:
-            continue
         group = Projections(layers, backend, matrices)
+        if len(members) == 1 and matrices is None and not group.is_fused:
+            continue
         for index, module in enumerate(members):
             module.forward = Projection(module, group, index, state)
 

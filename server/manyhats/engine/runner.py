@@ -46,11 +46,8 @@ class StepLogits:
 class FastDecode(Protocol):
     """A quicker way for steps of decodes alone."""
 
-    def takes(self, sequences: int, rows_alone: bool) -> bool:
-        """Whether it is for the running step, of so many sequences.
-
-        ``rows_alone``: whether all that its adapters do is to multiply at linear layers.
-        """
+    def takes(self, sequences: int) -> bool:
+        """Whether it is for the running step, of so many sequences."""
 
     def run(
         self,
@@ -129,8 +126,7 @@ class ModelRunner:
             return None
         wanted = np.arange(ids.size)
         plans = self._begin(items, np.ones_like(ids), positions, wanted, torch.device("cpu"))
-        rows_alone = self._pool is None or self._pool.rows_alone(self._state)
-        if not self._fast.takes(ids.size, rows_alone):
+        if not self._fast.takes(ids.size):
             return None
         return self._fast.run(ids, positions, *plans)
 

@@ -57,9 +57,9 @@ class DecodeStack:
         self._parts = parts
         self._state = state
 
-    def takes(self, sequences: int, rows_alone: bool) -> bool:
+    def takes(self, sequences: int) -> bool:
         """Every decode step whose adapters do nothing in the layers that is not in a stack."""
-        return rows_alone or (self._parts is not None and self._parts.takes(self._state))
+        return self._parts is None or self._parts.takes(self._state)
 
     def run(
         self,

@@ -85,6 +85,8 @@ class PartsOfStack:
 
     def takes(self, state: StepState) -> bool:
         """Whether all that the running step's adapters do in the layers is in the stack."""
+        if self._pool.rows_alone(state):
+            return True
         if state.virtual:
             return False
         step = (self._pool.version, state.worn_slots)

@@ -74,6 +74,10 @@ class StepState:
         batch = self._per_head.get((shape, token_axis))
         if batch is None:
             adapters = self.adapters
+            if isinstance(adapters, StaticAdapterBatch):
+                first = token_axis == 2
+                rows = adapters.per_head(shape[1 if first else 2], heads_first=first)
+                return cast(AdapterBatch, rows)
             slots = adapters.slots.cpu().numpy()
             slots = np.repeat(slots, shape[2]) if token_axis == 1 else np.tile(slots, shape[1])
             batch = AdapterBatch.build(slots, adapters.num_slots, adapters.slots.device)
@@ -100,17 +104,19 @@ class StepState:
 
     @contextmanager
     def static(self, attention: AttentionBatch, adapters: StaticAdapterBatch) -> Iterator[None]:
-        """The running step with its plans in static buffers, for the capture of a graph.
+        """The running step of decodes, with its plans in static buffers, for a graph's capture.
 
-        The masks stay as they are: they decide what is launched, and so what the graph holds.
+        The masks stay as they are: they decide what is launched, and so what the graph holds. All
+        rows of such a step meet the head, in order.
         """
-        before = self._attention, self._adapters
+        before = self._attention, self._adapters, self._head, self._per_head
         # A backend that can be captured takes static plans where others take plain ones.
         self._attention, self._adapters = attention, cast(AdapterBatch, adapters)
+        self._head, self._per_head = self._adapters, {}
         try:
             yield
         finally:
-            self._attention, self._adapters = before
+            self._attention, self._adapters, self._head, self._per_head = before
 
     def end(self) -> None:
         """Forgets the plan."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from manyhats.adapters.parts import SiteParts, SiteSpec
 from manyhats.engine.hooks import Hook
-from manyhats.engine.parts.site import PoolConfig, nbytes, refuse_others
+from manyhats.engine.parts.site import PoolConfig, fields_of, nbytes, refuse_others
 from manyhats.engine.step import StepState
 
 _SERVED = frozenset({"low_rank", "dense", "rows", "soft_prompt"})
@@ -31,14 +31,16 @@ class EmbeddingSite:
     """The parts of one embedding, whole tensors by slot.
 
     A loop over the worn adapters that have parts here, all tokens of each at once.
+    ``_looked_up``: bitmask of the slots that have more than a soft prompt.
     """
 
-    __slots__ = ("_config", "_own", "spec")
+    __slots__ = ("_config", "_looked_up", "_own", "spec")
 
     def __init__(self, spec: SiteSpec, config: PoolConfig) -> None:
         self.spec = spec
         self._config = config
         self._own: dict[int, _Own] = {}
+        self._looked_up = 0
 
     def check(self, parts: SiteParts) -> None:
         """See ``Site.check``."""
@@ -56,6 +58,10 @@ class EmbeddingSite:
         if parts.low_rank is not None:
             total += nbytes(parts.low_rank.a, parts.low_rank.b)
         return total
+
+    def launches(self, parts: SiteParts) -> frozenset[str] | None:
+        """See ``Site.launches``: a soft prompt is there for virtual tokens alone."""
+        return frozenset() if fields_of(parts) <= {"soft_prompt"} else None
 
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
         """See ``Site.write``."""
@@ -80,15 +86,18 @@ class EmbeddingSite:
             if soft is not None
             else None,
         )
+        if self.launches(parts) is None:
+            self._looked_up |= 1 << slot
 
     def clear(self, slot: int) -> None:
         """See ``Site.clear``."""
         self._own.pop(slot, None)
+        self._looked_up &= ~(1 << slot)
 
     def apply(self, ids: torch.Tensor, y: torch.Tensor, state: StepState) -> None:
         """Changes the worn adapters' rows of y in place. ids: [T]; y: [T, hidden]."""
         batch = state.adapters
-        for slot, begin, end in batch.segments:
+        for slot, begin, end in batch.segments if self._looked_up & state.worn_slots else ():
             own = self._own.get(slot)
             if own is not None:
                 tokens = batch.order[begin:end].long()

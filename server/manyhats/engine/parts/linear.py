@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from manyhats.adapters.parts import SiteKind, SiteParts, SiteSpec
-from manyhats.engine.parts.site import PoolConfig, SlotVectors, nbytes, refuse_others
+from manyhats.engine.parts.site import PoolConfig, SlotVectors, fields_of, nbytes, refuse_others
 from manyhats.engine.step import StepState
 from manyhats_kernels import AdapterBatch
 from manyhats_kernels.stack_parts import LinearParts
@@ -62,6 +62,11 @@ class LinearExtras:
         rows = parts.rows
         return nbytes(parts.dense) + (nbytes(rows.token_ids, rows.vectors) if rows else 0)
 
+    def launches(self, parts: SiteParts) -> frozenset[str] | None:
+        """See ``Site.launches``: whole weights and rows are taken one adapter at a time."""
+        found = fields_of(parts)
+        return None if found & {"dense", "rows"} else frozenset(found)
+
     def write(self, slot: int, parts: SiteParts) -> None:
         """See ``Site.write``."""
         spec, config = self._spec, self._config
@@ -106,7 +111,7 @@ class LinearExtras:
             backend.scale_rows(flat, self._input.values, batch)
         y = base(flat.view(x.shape))
         out = y.view(-1, self._spec.out_features)
-        if self._dense or self._rows:
+        if self.replaces(state):
             self._replace(flat, out, batch)
         product(flat, out, batch, state)
         self.finish(out, batch, state)

@@ -7,7 +7,7 @@ from torch import nn
 
 from manyhats.adapters.parts import SiteParts, SiteSpec
 from manyhats.engine.hooks import Hook
-from manyhats.engine.parts.site import PoolConfig, SlotVectors, refuse_others
+from manyhats.engine.parts.site import PoolConfig, SlotVectors, fields_of, refuse_others
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
 from manyhats_kernels.stack_parts import NormParts
@@ -53,6 +53,10 @@ class NormSite:
     def whole_bytes(self, parts: SiteParts) -> int:
         """See ``Site.whole_bytes``."""
         return 0
+
+    def launches(self, parts: SiteParts) -> frozenset[str]:
+        """See ``Site.launches``."""
+        return frozenset(fields_of(parts))
 
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
         """See ``Site.write``."""

@@ -33,6 +33,10 @@ class PrefixSite:
         """See ``Site.whole_bytes``."""
         return nbytes(parts.prefix.k, parts.prefix.v) if parts.prefix is not None else 0
 
+    def launches(self, parts: SiteParts) -> frozenset[str]:
+        """See ``Site.launches``: a decode step has no virtual tokens."""
+        return frozenset()
+
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
         """See ``Site.write``."""
         prefix = parts.prefix

@@ -147,6 +147,17 @@ class ResidualSite:
         f = parts.fusion
         return nbytes(f.query, f.key, f.value, f.query_bias, f.key_bias) if f is not None else 0
 
+    def launches(self, parts: SiteParts) -> frozenset[str] | None:
+        """See ``Site.launches``: the fusion of bottlenecks is made one adapter at a time."""
+        if parts.fusion is not None:
+            return None
+        names = set()
+        for index, one in enumerate(parts.bottlenecks):
+            flags = {"added": True, "parallel": one.parallel, "of_output": one.of_output}
+            flags["alone"] = not one.skip
+            names |= {f"bottleneck {index} {name}" for name, there in flags.items() if there}
+        return frozenset(names)
+
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
         """See ``Site.write``."""
         self._make_pools()

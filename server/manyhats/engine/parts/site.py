@@ -54,6 +54,13 @@ class Site(Protocol):
     def whole_bytes(self, parts: SiteParts) -> int:
         """Bytes of what is kept as whole tensors, which the budget of overrides bounds."""
 
+    def launches(self, parts: SiteParts) -> frozenset[str] | None:
+        """Names for what a decode step launches here for an adapter with these parts.
+
+        Together, the names of all worn adapters decide what is launched. None where the host
+        looks at who wears what, so that no CUDA graph can hold it.
+        """
+
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
         """Brings the parts to the device; ``start`` is the first row of the slot's run here."""
 
