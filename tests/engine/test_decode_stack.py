@@ -26,7 +26,7 @@ from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import load_base
 from manyhats.engine.runner import forward
 from manyhats.engine.stack import DecodeStack, agrees
-from manyhats.types import Digest
+from manyhats.types import Digest, Priority
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -106,6 +106,50 @@ def test_a_stack_has_the_bits_of_the_modules(name, tmp_path):
     assert set(ran) == {1, 2, 3, 4}
     plain, _ = generate(base, rows, [None] * 4, layer_stack=True)
     assert [plain[i] == outputs[i] for i in range(4)] == [False, True, False, False]
+
+
+def test_background_prompts_leave_decodes_to_the_stack(tmp_path):
+    """Beside live decodes they are a pass of their own; what comes out is the same."""
+    base = base_of(CONFIGS["llama"], tmp_path)
+    rows = [random_adapter("low_rank", base.spec, dtype=base.dtype)]
+    live = params(12, ignore_eos=True, logprobs=2)
+    scored = params(2, ignore_eos=True, prompt_logprobs=1)
+    outputs = {}
+    for layer_stack in (False, True):
+        engine = engine_of(base, rows, layer_stack=layer_stack, background_tokens=5)
+        runner, passes = engine.engine.loop._runner, []
+        runner._pass = partial(told, runner._pass, passes)
+        with engine:
+            engine.generate(PROMPTS[:1], params(1), ["low_rank"])
+            passes.clear()
+            with engine.together():
+                ids = [
+                    engine.submit(prompt, wanted, adapter=adapter, priority=priority)
+                    for prompt, wanted, priority in (
+                        (PROMPTS[0], live, Priority.NORMAL),
+                        (PROMPTS[1] * 2, scored, Priority.BACKGROUND),
+                    )
+                    for adapter in ("low_rank", None)
+                ]
+            made = [one for each in engine.wait(*ids) for one in each]
+        assert [o.error for o in made] == [None] * 4
+        outputs[layer_stack] = [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in made]
+        together = {"live decode", "background prompt"} in passes
+        assert together is not layer_stack
+        assert ({"background prompt"} in passes) is layer_stack
+    assert outputs[True] == outputs[False]
+
+
+def told(run, passes, items):
+    """Runs a pass and notes what was in it."""
+    passes.append(
+        {
+            f"{'background' if item.sequence.background else 'live'} "
+            f"{'prompt' if item.count > 1 else 'decode'}"
+            for item in items
+        }
+    )
+    return run(items)
 
 
 def test_without_adapter_layers(tmp_path):

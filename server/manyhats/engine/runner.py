@@ -83,11 +83,25 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> StepLogits:
-        """One forward pass over the schedule's tokens; logits in the model's dtype.
+        """A forward pass over the schedule's tokens; logits in the model's dtype.
 
-        Those of a captured step are valid until the next one.
+        Those of a captured step are valid until the next one. Two passes where background prompts
+        would keep live decodes from the quicker way.
         """
         items = schedule.items
+        live, background = _apart(items) if self._fast is not None else (items, ())
+        first = self._pass(live)
+        if not background:
+            return first
+        kept = first.sampling.clone()  # the second pass may write where it lies
+        second = self._pass(background)
+        return StepLogits(
+            [*first.sampled, *second.sampled],
+            torch.cat([kept, second.sampling]) if second.sampled else kept,
+            [*first.prompts, *second.prompts],
+        )
+
+    def _pass(self, items: Sequence[ScheduledSequence]) -> StepLogits:
         counts = np.fromiter((i.count for i in items), np.int64, len(items))
         starts = np.fromiter((i.start for i in items), np.int64, len(items))
         ends = np.cumsum(counts)
@@ -154,6 +168,18 @@ class ModelRunner:
         virtual = _virtual_rows(items, np.cumsum(counts) - counts)
         self._state.begin(attention, adapters, sites_of_slot, wanted=wanted, virtual=virtual)
         return attention, adapters
+
+
+def _apart(
+    items: Sequence[ScheduledSequence],
+) -> tuple[Sequence[ScheduledSequence], Sequence[ScheduledSequence]]:
+    """(live items, background ones) where all of the live ones decode and not all of the others."""
+    background = [item for item in items if item.sequence.background]
+    live = [item for item in items if not item.sequence.background]
+    mixed = any(item.count > 1 for item in background)
+    if not live or not mixed or any(item.count > 1 for item in live):
+        return items, ()
+    return live, background
 
 
 def forward(
