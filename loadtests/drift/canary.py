@@ -159,7 +159,7 @@ async def experiment(run: Run, bad: Path, most: int) -> dict[str, Any]:
 
 
 def holds(found: dict[str, Any]) -> bool:
-    """Whether all is as the issue of a bad canary asks."""
+    """Whether all that must hold does."""
     hold, back = found["hold"], found["rollback"]
     shares = hold["share"] < MOST and back["share"] < MOST
     quiet = found["failed"] == 0 and found["by_the_canary_in_the_next_200"] == 0
