@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import orjson
@@ -45,6 +45,38 @@ async def register(base_url: str, folders: Sequence[Path]) -> None:
     await connection.close()
 
 
+async def answering(
+    process: subprocess.Popen[bytes],
+    base_url: str,
+    path: str,
+    started: float,
+    timeout_s: float,
+    words: Callable[[], str],
+    *,
+    poll_s: float = 0.1,
+) -> float:
+    """Polls a process's ``path`` until it answers 200; seconds since ``started`` (monotonic).
+
+    Raises ServerError, with the ``words`` of its log, where the process ends first or time is up.
+    """
+    address = Address.parse(base_url)
+    while time.monotonic() - started < timeout_s:
+        if process.poll() is not None:
+            raise ServerError(f"server ended with {process.returncode}:\n{words()}")
+        connection = Connection(address)
+        try:
+            response = await connection.request("GET", path)
+            await connection.read_all()
+            if response.status == 200:
+                return time.monotonic() - started
+        except (OSError, ProtocolError):
+            pass  # not listening yet
+        finally:
+            await connection.close()
+        await asyncio.sleep(poll_s)
+    raise ServerError(f"server not ready after {timeout_s:.0f} s:\n{words()}")
+
+
 class ServerProcess:
     """One ``manyhats serve`` on a free port.
 
@@ -78,23 +110,8 @@ class ServerProcess:
 
     async def wait_ready(self, timeout_s: float = 300.0) -> float:
         """Polls /readyz until it answers 200; returns the seconds that took. Raises ServerError."""
-        started = time.monotonic()
-        address = Address.parse(self.base_url)
-        while time.monotonic() - started < timeout_s:
-            if self._process.poll() is not None:
-                raise ServerError(f"server ended with {self._process.returncode}:\n{self._tail()}")
-            connection = Connection(address)
-            try:
-                response = await connection.request("GET", "/readyz")
-                await connection.read_all()
-                if response.status == 200:
-                    return time.monotonic() - started
-            except (OSError, ProtocolError):
-                pass  # not listening yet
-            finally:
-                await connection.close()
-            await asyncio.sleep(0.25)
-        raise ServerError(f"server not ready after {timeout_s:.0f} s:\n{self._tail()}")
+        begun, where = time.monotonic(), (self.base_url, "/readyz")
+        return await answering(self._process, *where, begun, timeout_s, self._tail, poll_s=0.25)
 
     async def register(self, folders: Sequence[Path]) -> None:
         """Registers each folder under its own name. Raises ServerError."""

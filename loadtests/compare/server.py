@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -11,10 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from bench_http import Address, Connection, ProtocolError
 from compare.environments import UnavailableError, last_words
 from compare.target import Launch
-from server_process import ServerError
+from server_process import answering
 
 MIB = 1 << 20
 
@@ -65,22 +63,10 @@ class PeerServer:
 
         Raises ServerError.
         """
-        address = Address.parse(self.base_url)
-        while time.monotonic() - self._started < timeout_s:
-            if self._process.poll() is not None:
-                raise ServerError(f"ended with {self._process.returncode}: {last_words(self.log)}")
-            connection = Connection(address)
-            try:
-                response = await connection.request("GET", path)
-                await connection.read_all()
-                if response.status == 200:
-                    return time.monotonic() - self._started
-            except (OSError, ProtocolError):
-                pass  # not listening yet
-            finally:
-                await connection.close()
-            await asyncio.sleep(0.1)
-        raise ServerError(f"not ready after {timeout_s:.0f} s: {last_words(self.log)}")
+        return await answering(
+            self._process, self.base_url, path, self._started, timeout_s,
+            lambda: last_words(self.log),
+        )  # fmt: skip
 
     def memory_mib(self) -> float:
         """See ``memory_mib``."""

@@ -92,14 +92,15 @@ class LaneProbe:
         )
 
     def _score(self, logits: torch.Tensor, begin: int) -> None:
-        shifted, top, total = _shifted(logits)
+        shifted, top, weights = _shifted(logits)
+        total = weights.sum(-1)
         logsum = total.log()
         targets = self._targets[begin : begin + len(logits)]
         index = torch.tensor(targets, dtype=torch.int64, device=logits.device)[:, None]
         self._logprobs += (shifted.gather(1, index)[:, 0] - logsum).tolist()
         self._top += top.tolist()
         self._confidences += total.reciprocal().tolist()
-        self._entropies += (logsum - _expected(shifted.exp(), shifted) / total).tolist()
+        self._entropies += (logsum - _expected(weights, shifted) / total).tolist()
         if self._first is not None and (ahead := max(0, self._alone - begin)) < len(logits):
             rows = slice(begin + ahead - self._alone, begin + len(logits) - self._alone)
             logq = shifted[ahead:].sub_(logsum[ahead:, None])
@@ -111,18 +112,18 @@ class LaneProbe:
         for kept in self._kept:
             pieces.append(kept[max(0, rows.start - offset) : max(0, rows.stop - offset)])
             offset += len(kept)
-        shifted, _, total = _shifted(torch.cat(pieces))
-        return shifted.sub_(total.log()[:, None])
+        shifted, _, weights = _shifted(torch.cat(pieces))
+        return shifted.sub_(weights.sum(-1).log()[:, None])
 
 
 def _shifted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(fp32 logits less their row's maximum, where that is, the sum of their exponentials)."""
+    """(fp32 logits less their row's maximum, where that is, their exponentials)."""
     shifted = logits.float()
     if shifted is logits:
         shifted = logits.clone()
     best, top = shifted.max(-1)
     shifted.sub_(best[:, None])
-    return shifted, top, shifted.exp().sum(-1)
+    return shifted, top, shifted.exp()
 
 
 def _expected(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

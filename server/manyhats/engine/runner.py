@@ -175,9 +175,10 @@ def _apart(
 ) -> tuple[Sequence[ScheduledSequence], Sequence[ScheduledSequence]]:
     """(live items, background ones) where all of the live ones decode and not all of the others."""
     background = [item for item in items if item.sequence.background]
+    if all(item.count == 1 for item in background):  # none at all, in nearly every step
+        return items, ()
     live = [item for item in items if not item.sequence.background]
-    mixed = any(item.count > 1 for item in background)
-    if not live or not mixed or any(item.count > 1 for item in live):
+    if not live or any(item.count > 1 for item in live):
         return items, ()
     return live, background
 
