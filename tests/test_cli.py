@@ -120,6 +120,8 @@ def test_help_names_every_flag_with_default_and_bound(served):
     assert "[default: nf4]" in text
     assert "<nf4|fp4|int8|none>" in text
     assert "[default: 32] [1<=x<=4096]" in text
+    assert "[default: 0.05] [0<x<1]" in text
+    assert "[default: 86400.0] [0<x]" in text
     assert "MANYHATS_MAX_RANK" in text
 
 

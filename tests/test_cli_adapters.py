@@ -125,6 +125,8 @@ def test_an_upload(run, served, tmp_path):
     folder = write_adapter(tmp_path / "elsewhere", 3)
     assert "path_not_allowed" in run("register", "up", folder, code=1)
     assert "up@1 is registered" in run("register", "up", folder, "--upload", "--promote")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter.safetensors")
+    assert "up@1 is registered" in run("register", "up", folder, "--upload")  # as AdapterHub has it
     (folder / "adapter_config.json").unlink()
     assert "cannot be read: No such file" in run("register", "up", folder, "--upload", code=1)
 

@@ -12,12 +12,14 @@ from support.api import Api
 
 from manyhats import __version__, cli
 from manyhats.app import ROUTES
-from manyhats.commands import adapters, drift
+from manyhats.commands import adapters, drift, tenants
 from manyhats.config import CLIENT_VARIABLES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
-    path for pattern in ("*.md", "docs/**/*.md", "[a-z]*/README.md") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("*.md", "docs/**/*.md", "[a-z]*/**/README.md")
+    for path in ROOT.glob(pattern)
 )
 README = ROOT / "README.md"
 FOLDERS = "server|kernels|tests|docs|examples|loadtests|deploy"
@@ -85,14 +87,17 @@ def test_flags_of_the_server_exist(document):
     own = {
         name: {opt.removeprefix("--") for p in c.params for opt in p.opts}
         for name, c in typer.main.get_command(cli.app).commands.items()
-        if name in ("backup", "restore", "gc")
+        if name in ("backup", "restore", "gc", "merge")
     }
-    watched = {
-        name: {opt.removeprefix("--") for p in c.params for opt in (*p.opts, *p.secondary_opts)}
-        for name, c in typer.main.get_command(drift.app).commands.items()
-    }
+    watched, given = (
+        {
+            name: {opt.removeprefix("--") for p in c.params for opt in (*p.opts, *p.secondary_opts)}
+            for name, c in typer.main.get_command(group.app).commands.items()
+        }
+        for group in (drift, tenants)
+    )
     for piece in code(document):
-        if named := re.search(r"\bmanyhats (backup|restore|gc)\b", piece):
+        if named := re.search(r"\bmanyhats (backup|restore|gc|merge)\b", piece):
             assert set(FLAG.findall(piece)) <= own[named[1]], piece
         elif re.search(r"\bmanyhats (serve|fetch-default|build-kernels)\b", piece):
             assert set(FLAG.findall(piece)) <= served, piece
@@ -100,6 +105,8 @@ def test_flags_of_the_server_exist(document):
             assert set(FLAG.findall(piece)) <= remote[named[1]], piece
         elif named := re.search(r"\bmanyhats drift ([a-z]+)\b", piece):
             assert set(FLAG.findall(piece)) <= watched[named[1]], piece
+        elif named := re.search(r"\bmanyhats tenants ([a-z]+)\b", piece):
+            assert set(FLAG.findall(piece)) <= given[named[1]], piece
         elif piece.startswith("--"):
             (flag, *_) = FLAG.findall(piece)
             known = served.union(*remote.values(), *own.values(), *watched.values())

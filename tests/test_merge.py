@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from manyhats.engine.model.parts_reference import PartsReference
 from manyhats.errors import AdapterRejectedError
 from manyhats.lifecycle.compositions import composed
 from manyhats.lifecycle.registry import Registry
+from manyhats.lifecycle.store_redis import RedisRegistryStore
+from manyhats.lifecycle.store_sqlite import SqliteRegistryStore
 from manyhats.types import DEFAULT_TENANT, CompositionKind, Digest
 
 IDS = [3, 17, 5, 9, 21, 4, 8]
@@ -202,6 +205,26 @@ def test_names_are_merged(folders, registered, tmp_path):
     assert result.exit_code == 0, result.output
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "over").eval()
     assert torch.allclose(logits(merged, [3, 7, 5]), results["both"], rtol=1e-4, atol=1e-4)
+
+
+def test_names_are_merged_from_where_the_server_keeps_them(
+    folders, registered, tmp_path, redis_url
+):
+    place, elsewhere = registered / "bases" / "base", tmp_path / "store"
+    elsewhere.mkdir()
+    (place / "adapters").rename(elsewhere / "base")  # a folder a base
+    url = f"{redis_url.rsplit('/', 1)[0]}/7"
+    with (
+        closing(SqliteRegistryStore(place / "registry.sqlite")) as embedded,
+        closing(RedisRegistryStore(url, "base")) as shared,
+    ):
+        shared.load(embedded.dump())
+    (place / "registry.sqlite").unlink()
+    where = ("--home", str(registered), "--store", str(elsewhere))
+    assert run(folders, "both", tmp_path / "none", *where).exit_code == 2
+    result = run(folders, "both", tmp_path / "both", *where, "--redis-url", url)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "both" / "model.safetensors").is_file()
 
 
 def test_refusals_are_one_line(folders, registered, tmp_path):

@@ -102,17 +102,27 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _bound(field: FieldInfo, rule: type, name: str) -> float | None:
-    """A setting's lower (Ge) or upper (Le) bound, None where it has none."""
+    """A setting's bound by one of annotated_types' rules, None where it has none."""
     return next((getattr(m, name) for m in field.metadata if isinstance(m, rule)), None)
 
 
 def _help(field: FieldInfo) -> str:
-    """The description and the default; the description itself says what an unset None means."""
+    """The description, the default, and the bounds that typer does not show; the description itself
+    says what an unset None means.
+    """
     default = field.default
     if default is None or default == ():
-        return str(field.description)
+        return f"{field.description}{_open_bounds(field)}"
     shown = ("off", "on")[default] if isinstance(default, bool) else default
-    return f"{field.description} [default: {shown}]"
+    return f"{field.description} [default: {shown}]{_open_bounds(field)}"
+
+
+def _open_bounds(field: FieldInfo) -> str:
+    """The bounds that are no value themselves; empty where there are none."""
+    above, below = _bound(field, annotated_types.Gt, "gt"), _bound(field, annotated_types.Lt, "lt")
+    left = "" if above is None else f"{above:g}<"
+    right = "" if below is None else f"<{below:g}"
+    return f" [{left}x{right}]" if left or right else ""
 
 
 def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
@@ -158,6 +168,15 @@ def serve(settings: Settings) -> None:
 
 HomeOption = Annotated[
     Path | None, typer.Option(metavar="<path>", help=_help(Settings.model_fields["home"]))
+]
+StoreOption = Annotated[
+    Path | None, typer.Option(metavar="<path>", help=_help(Settings.model_fields["store"]))
+]
+RedisOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="<url>", help="The Redis that holds the registry; default: the home folder does."
+    ),
 ]
 
 
@@ -209,13 +228,16 @@ def merge(
         Dtype | None, typer.Option(help="Of the weights written. [default: bf16]")
     ] = None,
     home: HomeOption = None,
+    store: StoreOption = None,
+    redis_url: RedisOption = None,
 ) -> None:
     """Write the base with one adapter merged in, as a plain model folder.
 
-    The adapter is a folder as PEFT writes it, or one that is registered (name or name@version; the
-    server must not be running then). The base is taken as it is, not quantized.
+    The adapter is a folder as PEFT writes it, or one that is registered (name or name@version; no
+    server may be running over that home then, unless --redis-url names the registry). The base is
+    taken as it is, not quantized.
     """
-    given = {"model": model, "dtype": dtype, "home": home}
+    given = {"model": model, "dtype": dtype, "home": home, "store": store, "redis_url": redis_url}
     settings = _settings({name: value for name, value in given.items() if value is not None})
 
     def run() -> None:
@@ -229,15 +251,6 @@ def merge(
 
 BaseOption = Annotated[
     str | None, typer.Option(metavar="<str>", help="Id of the base. [default: the only one]")
-]
-StoreOption = Annotated[
-    Path | None, typer.Option(metavar="<path>", help=_help(Settings.model_fields["store"]))
-]
-RedisOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="<url>", help="The Redis that holds the registry; default: the home folder does."
-    ),
 ]
 
 

@@ -54,7 +54,7 @@ class Settings(ModelSettings):
     )
     redis_url: SecretStr | None = Field(
         default=None,
-        description="Redis that replicas share: registry, tenants, keys, quotas and usage "
+        description="Redis that replicas share: registry, tenants, keys, quotas, usage and drift "
         "(redis://host/0).",
     )
     store: Path | None = Field(
@@ -151,7 +151,10 @@ class Settings(ModelSettings):
         default=None, ge=16, description="Context bound, tokens; default the model's."
     )
     kv_cache_mb: int | None = Field(
-        default=None, ge=1, description="KV cache, MiB; default derived from free memory."
+        default=None,
+        ge=1,
+        description="KV cache, MiB; default: 80 % of the GPU's free memory, on a CPU a quarter of "
+        "the machine's, at most 4096.",
     )
     kv_cache_blocks: int | None = Field(
         default=None, ge=1, description="KV cache, blocks; takes the place of kv_cache_mb."

@@ -19,13 +19,13 @@ from manyhats.adapters.files import (
 )
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.parts import CompiledAdapter
-from manyhats.adapters.store import AdapterStore
 from manyhats.config import Quantization, Settings
 from manyhats.engine.model.load import BaseModel, load_base, model_source, quiet_libraries
 from manyhats.engine.model.merge import merge_adapter
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.errors import AdapterRejectedError, ConfigError, ModelNotFoundError
+from manyhats.lifecycle.build import open_adapters, open_store
 from manyhats.lifecycle.records import split_version
 from manyhats.lifecycle.registry import Registry
 from manyhats.types import CompositionKind, Digest
@@ -36,7 +36,7 @@ def merge(settings: Settings, adapter: str, out: Path) -> None:
     merged in, to the new folder ``out``: configuration, safetensors and tokenizer.
 
     ``adapter`` is a folder with an adapter's two files, or the name (``name@version``) of one that
-    is registered for this base; no server may be running over the same home then.
+    is registered for this base; no server may hold the registry's file then.
 
     Raises:
         ConfigError: ``out`` is there already, the base cannot be loaded, the registry is in use.
@@ -65,16 +65,16 @@ def _compiled(settings: Settings, base: BaseModel, adapter: str) -> CompiledAdap
     folder = Path(adapter)
     if (folder / CONFIG_NAME).is_file():
         return _compile(settings, base, folder)
-    home = settings.base_folder(base.name)
-    if not (home / "registry.sqlite").is_file():
+    if settings.redis_url is None and not settings.registry_file(base.name).is_file():
         raise ModelNotFoundError(
             f"{adapter!r} is no folder with {CONFIG_NAME}, and no adapter is registered for "
             f"{base.name} in {settings.home}"
         )
     with ExitStack() as stack:
-        registry = Registry(home / "registry.sqlite", max_versions=settings.max_adapters)
+        kept = open_store(settings, base.name)
+        registry = Registry(kept, max_versions=settings.max_adapters)
         stack.enter_context(closing(registry))
-        store = stack.enter_context(closing(AdapterStore(home / "adapters")))
+        store = stack.enter_context(closing(open_adapters(settings, base.name)))
         name, version = split_version(adapter)
         entry = registry.entry(name)
         # Whoever can read the registry's file may read whatever is in it, whosever it is.
@@ -82,7 +82,7 @@ def _compiled(settings: Settings, base: BaseModel, adapter: str) -> CompiledAdap
         if record is None:
             raise ModelNotFoundError(
                 f"{adapter!r} is no folder with {CONFIG_NAME} and no adapter registered for "
-                f"{base.name} in {settings.home}"
+                f"{base.name}"
             )
         whole = record.ref.composition
         if whole is None:

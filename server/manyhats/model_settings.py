@@ -30,7 +30,9 @@ class ModelSettings(BaseSettings):
         default=None,
         description="Id under which the base is served; default: the folder's or hub id's name.",
     )
-    revision: str | None = Field(default=None, description="Revision of a hub model.")
+    revision: str | None = Field(
+        default=None, description="Revision of a hub model; default: main."
+    )
     quantization: Quantization = Field(
         default=Quantization.NF4, description="Base weights' format."
     )
@@ -45,5 +47,5 @@ class ModelSettings(BaseSettings):
         description="On a CPU run decode steps of Llama-shaped bases in one native call.",
     )
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads for the engine."
+        default=None, ge=1, le=1024, description="CPU threads for the engine; default: torch's own."
     )

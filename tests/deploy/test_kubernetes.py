@@ -146,6 +146,21 @@ def test_keys_are_files_of_a_secret(documents):
         assert Path(settings[name]).parent == Path(mounts["keys"])
 
 
+def test_replicas_that_share_the_registry_share_the_bytes(documents):
+    """A version that one of them registered is routed to by all, and outlives its pod."""
+    settings = one(documents, "ConfigMap", "manyhats-settings")["data"]
+    assert "MANYHATS_REDIS_URL" in settings
+    (workers,) = one(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    for template in (one(documents, "Deployment")["spec"]["template"], workers["template"]):
+        pod = template["spec"]
+        mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+        name = mounts[settings["MANYHATS_STORE"]]
+        (volume,) = [v for v in pod["volumes"] if v["name"] == name]
+        claim = volume["persistentVolumeClaim"]["claimName"]
+        found = one(documents, "PersistentVolumeClaim", claim)
+        assert found["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
 def test_selectors_meet_the_pods(documents):
     labels = one(documents, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert labels == SERVER

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+from support import adapter_service
 from support.adapter_service import (
     BASE_ID,
     MAX_BYTES,
@@ -29,6 +31,7 @@ from manyhats.errors import (
     ServiceError,
 )
 from manyhats.lifecycle.loading import load_adapter
+from manyhats.lifecycle.records import Registration
 from manyhats.types import DEFAULT_TENANT, Digest, TenantId
 
 WEIGHTS = "adapter_model.safetensors"
@@ -43,6 +46,25 @@ def adapters(tmp_path):
 def register(adapters, name, seed=0):
     folder = write_adapter(adapters.root / f"{name}-{seed}", seed)
     return adapters.service.register_folder(name, str(folder), tenant=DEFAULT_TENANT)
+
+
+def test_what_a_conversion_came_to_is_kept_with_the_version(tmp_path, monkeypatch):
+    found = {"conversion_error": "8.00e-04", "converted_sites": "2", "rank": "7"}
+    monkeypatch.setattr(
+        adapter_service,
+        "compile_folder",
+        lambda folder: replace(compile_folder(folder), metadata=found),
+    )
+    with open_adapters(tmp_path / "home") as adapters:
+        folder = write_adapter(adapters.root / "oft", 1)
+        adapters.service.register_folder(
+            "oft",
+            str(folder),
+            tenant=DEFAULT_TENANT,
+            registration=Registration(metadata={"data": "logs"}),
+        )
+        kept = adapters.service.entry("oft", DEFAULT_TENANT).get(1).metadata
+    assert kept == {"data": "logs", "conversion_error": "8.00e-04", "converted_sites": "2"}
 
 
 def assert_untouched(adapters):

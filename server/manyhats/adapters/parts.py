@@ -9,10 +9,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Final
 
 import torch
 
 from manyhats.types import Digest
+
+CONVERSION: Final = ("conversion_error", "converted_sites", "replaced_sites")
+"""What ``CompiledAdapter.metadata`` says of weight changes that were brought to other parts."""
 
 
 class SiteKind(enum.Enum):
@@ -245,6 +249,11 @@ class CompiledAdapter:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(parts.nbytes for parts in self.sites.values())
+
+    @property
+    def conversion(self) -> Mapping[str, str]:
+        """How weight changes became parts: of the metadata, what is kept with the version."""
+        return {name: self.metadata[name] for name in CONVERSION if name in self.metadata}
 
     @property
     def max_rank(self) -> int:

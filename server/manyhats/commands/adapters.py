@@ -26,7 +26,8 @@ app.add_typer(routing.app)
 app.add_typer(fetching.app)
 evaluate.add_to(app)
 
-_FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors")  # PEFT's, AdapterHub's
 
 
 @app.command("register")
@@ -34,7 +35,7 @@ _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors
 def register(
     client: Client,
     name: Name,
-    path: Annotated[str, typer.Argument(metavar="FOLDER_OR_ADDRESS", help="What PEFT saved.")],
+    path: Annotated[str, typer.Argument(metavar="FOLDER_OR_ADDRESS", help="What was saved.")],
     *,
     upload: Annotated[
         bool, typer.Option("--upload", help="Send the files; FOLDER is on this machine.")
@@ -79,8 +80,8 @@ def register(
         with ExitStack() as stack:
             try:
                 files = {
-                    part: stack.enter_context((Path(path) / file).open("rb"))
-                    for part, file in _FILES.items()
+                    part: stack.enter_context(file.open("rb"))
+                    for part, file in _files(Path(path)).items()
                 }
             except OSError as error:
                 fail(f"{path} cannot be read: {error.strerror}: {error.filename}")
@@ -190,6 +191,12 @@ def audit(
         return made
 
     client.show(entries, table)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The parts of an upload: what PEFT saved, or AdapterHub's library."""
+    found = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    return {"config": folder / _CONFIG, "weights": (found or [folder / _WEIGHTS[0]])[0]}
 
 
 def _place(resident: Mapping[str, Any] | None) -> str:

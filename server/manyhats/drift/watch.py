@@ -149,7 +149,7 @@ class Watch:
         return alarms
 
     def hidden(self, hidden: tuple[float, ...]) -> float | None:
-        """The distance of a hidden state to the reference's (a canary's: to the stable one's)."""
+        """The distance of a hidden state to the mean of the version's own reference."""
         return self.references.hidden.add(hidden)
 
     @property

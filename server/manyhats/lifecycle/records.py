@@ -34,6 +34,10 @@ class Registration:
     promote: bool | None = None
     cause: Cause = field(default_factory=Cause)
 
+    def noting(self, found: Mapping[str, str]) -> Registration:
+        """The same, and in its metadata what compiling the adapter found."""
+        return replace(self, metadata={**self.metadata, **found}) if found else self
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:

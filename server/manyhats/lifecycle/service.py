@@ -204,6 +204,7 @@ class AdapterService:
             compiled = self._compile(staging.path)
             family, max_rank, nbytes = compiled.family, compiled.max_rank, compiled.nbytes
             virtual_tokens = compiled.virtual_tokens
+            told = (registration or Registration()).noting(compiled.conversion)
             del compiled
         with self._changing, ExitStack() as undo:
             with self._store.adding():
@@ -218,7 +219,7 @@ class AdapterService:
                     nbytes=nbytes,
                     source=source,
                     virtual_tokens=virtual_tokens,
-                    registration=registration,
+                    registration=told,
                 )
                 undo.pop_all()
             self._tiers.back(ref)
