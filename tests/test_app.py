@@ -13,6 +13,7 @@ from support.base import tiny_settings, write_base
 from support.scripts import FAILING_CC, script
 
 from manyhats.app import build
+from manyhats.errors import ConfigError
 
 
 @pytest.fixture
@@ -35,6 +36,13 @@ def answers(api, *paths: str) -> list[httpx.Response]:
             return [await client.get(path) for path in paths]
 
     return asyncio.run(run())
+
+
+def test_a_root_that_is_not_there_is_told_before_the_base_is_loaded(tmp_path):
+    gone = tmp_path / "gone"
+    settings = tiny_settings(tmp_path, tmp_path / "none", adapter_root=(gone,), register_roots=True)
+    with pytest.raises(ConfigError, match=f"--adapter-root {gone}: no such folder"):
+        build(settings)
 
 
 @pytest.mark.usefixtures("threads")

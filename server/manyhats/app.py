@@ -48,7 +48,7 @@ from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, re
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.engine.no_adapters import NoAdapters
-from manyhats.errors import ManyhatsError
+from manyhats.errors import ConfigError, ManyhatsError
 from manyhats.lifecycle.build import open_adapters, open_registry, retention
 from manyhats.lifecycle.loading import checked, load_adapter
 from manyhats.lifecycle.service import AdapterService
@@ -103,6 +103,9 @@ def build(settings: Settings) -> Application:
     """Loads the base and wires the server. Raises ConfigError where a setting cannot work here."""
     check_exposure(settings)
     AllowList(settings.source_allow)  # a bad entry is told before the base is loaded
+    for root in settings.adapter_root if settings.register_roots else ():
+        if not root.is_dir():
+            raise ConfigError(f"--adapter-root {root}: no such folder", param="adapter_root")
     settings.home.mkdir(parents=True, exist_ok=True)
     kernels = resolve_kernels(
         settings.kernels, device=resolve_device(settings.device), home=settings.home

@@ -28,6 +28,7 @@ evaluate.add_to(app)
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors")  # PEFT's, AdapterHub's
+_HEAD = "head_config.json"
 
 
 @app.command("register")
@@ -194,9 +195,15 @@ def audit(
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The parts of an upload: what PEFT saved, or AdapterHub's library."""
-    found = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    return {"config": folder / _CONFIG, "weights": (found or [folder / _WEIGHTS[0]])[0]}
+    """The parts of an upload: what PEFT saved, or AdapterHub's library. Ends the command where that
+    saved a prediction head too, which the server would not see.
+    """
+    weights = folder / _WEIGHTS[0]
+    if not weights.is_file() and (folder / _WEIGHTS[1]).is_file():
+        weights = folder / _WEIGHTS[1]
+        if (folder / _HEAD).exists():
+            fail(f"{folder} has {_HEAD}: a prediction head is not served; save with_head=False")
+    return {"config": folder / _CONFIG, "weights": weights}
 
 
 def _place(resident: Mapping[str, Any] | None) -> str:
