@@ -129,7 +129,8 @@ def test_an_upload(run, served, tmp_path):
     assert "up@1 is registered" in run("register", "up", folder, "--upload")  # as AdapterHub has it
     (folder / "head_config.json").touch()
     assert "head is not served" in run("register", "up", folder, "--upload", code=1)
-    (folder / "adapter_config.json").unlink()
+    for name in ("head_config.json", "adapter_config.json"):
+        (folder / name).unlink()
     assert "cannot be read: No such file" in run("register", "up", folder, "--upload", code=1)
 
 
