@@ -23,7 +23,7 @@ def test_a_start_brings_along_neither_triton_nor_optimizers():
         "import sys, manyhats.app as _, transformers.generation.utils; "
         "heavy = {'scipy', 'triton', 'boto3', 'torch._dynamo', 'torch.distributed.tensor'}; "
         "print(*sorted(heavy & sys.modules.keys())); "
-        "import scipy.special, boto3, torch, torch.distributed.tensor; "
+        "import scipy.special, torch, torch.distributed.tensor; "
         "print(torch.compile.__name__, torch.distributed.is_available()); "
         "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item()); "
         "from transformers.masking_utils import TransformGetItemToIndex; "
@@ -31,7 +31,7 @@ def test_a_start_brings_along_neither_triton_nor_optimizers():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded, after, compiled, indexing = ran.stdout.splitlines()
-    assert loaded == ("triton" if torch.cuda.is_available() else "")
+    assert set(loaded.split()) <= ({"triton"} if torch.cuda.is_available() else set())
     assert after == "compile True"
     assert compiled == "2.0"
     assert indexing == "torch._dynamo._trace_wrapped_higher_order_op"
