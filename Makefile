@@ -1,5 +1,8 @@
 # Manyhats. `make` lists the targets; `make serve` and `make test` do their own set-up.
 
+# Bytecode is made by the first import (see INSTALL): without it every start takes as long as the first.
+unexport PYTHONDONTWRITEBYTECODE
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # isort: off
-from manyhats.engine.model import lean as _lean  # noqa: F401  # before transformers
+from manyhats.engine.model.lean import without_compiler  # before transformers
 
 # isort: on
 import torch
@@ -36,6 +36,7 @@ from manyhats.engine.model.quantized import (
 )
 from manyhats.engine.model.spec import describe
 from manyhats.engine.model.tokenizer import ModelTokenizer
+from manyhats.engine.model.weights import first_dequantization
 from manyhats.engine.model.wiring import Blocks
 from manyhats.errors import ConfigError
 from manyhats_kernels import FourBit
@@ -81,7 +82,9 @@ def load_base(settings: Settings, backend: object = None) -> BaseModel:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=settings.revision)
         config = AutoConfig.from_pretrained(source, revision=settings.revision)
         digest = base_digest(config, source, settings)
-        module = _load_module(settings, source, digest, dtype, device)
+        with without_compiler():
+            module = _load_module(settings, source, digest, dtype, device)
+            first_dequantization(module)
         settle_cpu_layout(module, dtype)
         if isinstance(backend, FourBit):
             read_four_bits(module, backend)

@@ -7,6 +7,7 @@ PEFT's ``dequantize_module_weight`` has it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,17 @@ class LoadedWeights:
             return found.detach().to(
                 "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
             )
+
+
+def first_dequantization(model: nn.Module) -> None:
+    """Dequantizes one 4-bit weight of ``model``, if it has any.
+
+    At an operator's first call torch looks for its compiler: better where that is kept out
+    (``lean.without_compiler``) than at the first registration that depends on the base's weights.
+    """
+    found = (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    for module in itertools.islice(found, 1):
+        _dequantized4(module)
 
 
 def _dequantized4(module: Any) -> torch.Tensor:
