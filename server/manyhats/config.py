@@ -187,7 +187,8 @@ class Settings(ModelSettings):
     compare_mb: int = Field(
         default=64,
         ge=1,
-        description="Logits kept to compare two versions over one answer, MiB (bounds its length).",
+        description="Logits kept to compare versions over one answer, MiB (bounds its length); "
+        "as much again for live answers that will be compared.",
     )
     input_price: float = Field(
         default=1.0, ge=0, le=1e6, description="A prompt token's cost in a tenant's share."

@@ -32,7 +32,7 @@ from manyhats.lifecycle.service import AdapterService
 from manyhats.lifecycle.shadows import ShadowDirectory
 from manyhats.metrics import Metrics
 from manyhats.tenancy.build import Tenancy
-from manyhats.types import AdapterRef, Digest, TenantId
+from manyhats.types import AdapterRef, Digest, KeptLogits, TenantId
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,8 @@ async def _compare(
     start: int,
     adapters: tuple[AdapterRef | None, ...],
     others_from: int,
+    kept: KeptLogits | None,
 ) -> tuple[LaneScores, ...]:
     """The engine's comparison as drift detection asks for it."""
-    request = CompareRequest(tenant, token_ids, start, adapters, others_from)
+    request = CompareRequest(tenant, token_ids, start, adapters, others_from, kept)
     return await client.compare(request)

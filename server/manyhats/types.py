@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
-from typing import Final, NewType
+from typing import Final, NewType, Protocol
 
 from manyhats.errors import ManyhatsError
 
@@ -147,7 +147,8 @@ class GenerationRequest:
     base. ``arrival`` is in seconds of the monotonic clock, and so is ``deadline``, at which the
     request ends with an error unless it is done; None: never. ``urgency`` orders a tenant's own
     waiting requests, the highest first. Where ``prompt_logprobs`` asks for scores, it is the
-    prompt's tokens from the index ``scores_from`` on (at least 1) that get them.
+    prompt's tokens from the index ``scores_from`` on (at least 1) that get them. With
+    ``keeps_logits`` those of the answers are kept for a comparison that is to come.
     """
 
     request_id: str
@@ -160,6 +161,16 @@ class GenerationRequest:
     scores_from: int = 1
     deadline: float | None = None
     urgency: int = 0
+    keeps_logits: bool = False
+
+
+class KeptLogits(Protocol):
+    """The logits that an answer was drawn from, as the engine keeps them: of any version, [tokens,
+    V] of the model's dtype, on its device.
+    """
+
+    def __len__(self) -> int:
+        """Tokens of the answer that have a row."""
 
 
 class FinishReason(enum.Enum):
@@ -191,7 +202,8 @@ class OutputDelta:
     their sums do. ``prompt_logprobs`` comes once, with the first delta of a choice that asked for
     it; its first entry is None. ``cached_tokens`` is how many prompt tokens the prefix cache
     served. ``admitted_at`` comes with a choice's first delta: when its sequence first left the
-    queue (seconds, monotonic).
+    queue (seconds, monotonic). ``kept`` comes with the last delta of a choice whose request
+    ``keeps_logits``: for ``CompareRequest``, of no other use, and of memory as long as it is held.
     """
 
     request_id: str
@@ -204,6 +216,7 @@ class OutputDelta:
     error: ManyhatsError | None = None
     cached_tokens: int = 0
     admitted_at: float | None = None
+    kept: KeptLogits | None = None
 
 
 class SequenceStatus(enum.Enum):
@@ -219,15 +232,15 @@ class Sequence:
     """One choice of one request while the engine works on it. Confined to the step loop's thread.
 
     Set at submission: ``id`` (unique, increasing), ``request_id``, ``index``, ``tenant``,
-    ``params``, ``adapter``, ``arrival``, ``priority``, ``deadline``, ``urgency``, ``scores_from``
-    (an index into the prompt's own tokens), ``prompt_len``, ``token_ids`` (a placeholder for each
-    of the adapter's virtual tokens, then a copy of the prompt, both counted by ``prompt_len``; the
-    loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the adapter's slot while
-    admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and values are in the
-    cache once the scheduled step has run), ``num_cached`` (of the prompt, served by the prefix
-    cache at the last admission), ``preemptions``. Set by the block manager: ``block_ids`` (cache
-    blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop: ``admitted_at``
-    (first time), ``first_token_at``, ``last_token_at`` (seconds, monotonic).
+    ``params``, ``adapter``, ``arrival``, ``priority``, ``deadline``, ``urgency``, ``keeps_logits``,
+    ``scores_from`` (an index into the prompt's own tokens), ``prompt_len``, ``token_ids`` (a
+    placeholder for each of the adapter's virtual tokens, then a copy of the prompt, both counted by
+    ``prompt_len``; the loop appends outputs). Set by the scheduler: ``status``, ``slot`` (the
+    adapter's slot while admitted, BASE_SLOT for the base), ``num_computed`` (tokens whose keys and
+    values are in the cache once the scheduled step has run), ``num_cached`` (of the prompt, served
+    by the prefix cache at the last admission), ``preemptions``. Set by the block manager:
+    ``block_ids`` (cache blocks in order), ``block_hashes`` (chain of full blocks). Set by the loop:
+    ``admitted_at`` (first time), ``first_token_at``, ``last_token_at`` (seconds, monotonic).
 
     A choice of an ensemble has ``lanes``, one a member, which are computed side by side: each a
     sequence with tokens, blocks, slot and lease of its own and ``whole`` pointing back. The choice
@@ -257,6 +270,7 @@ class Sequence:
     admitted_at: float | None = None
     deadline: float | None = None
     urgency: int = 0
+    keeps_logits: bool = False
     lanes: tuple[Sequence, ...] = ()
     whole: Sequence | None = None
 

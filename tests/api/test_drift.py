@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -90,6 +91,25 @@ def test_answers_are_told_of_streamed_or_not_one_a_choice(world):
     assert signals["output_tokens"]["reference"]["count"] == 6
     assert signals["ttft_seconds"]["reference"]["count"] == 6
     assert signals["script"]["reference"]["counts"] == {"latin": 6}
+
+
+@pytest.mark.parametrize(("share", "begun"), [(1.0, 0.0), (0.0, 1.0)])
+def test_answers_that_will_be_scored_again_are_kept_from_the_beginning(world, share, begun):
+    """What the engine kept of each choice comes with its sample, whatever the routes' shares."""
+    monitor, engine, samples = world.drift.monitor, world.api.engine, []
+    monitor.offer = samples.append
+    monitor.options = replace(monitor.options, share=share, canary_share=begun)
+    asked = ask(world, n=2, prompt=["a", "b"], stream=True)
+    assert asked.is_success
+    assert [r.keeps_logits for r in engine.requests] == [share == 1.0] * 2
+    assert [s.done.kept for s in samples] == [engine.kept[key] for key in sorted(engine.kept)]
+    assert len(engine.kept) == (4 if share else 0)
+    engine.requests.clear()
+    ask(world, model="tiny-base")
+    ask(world, model="weighted(pirate@1:0.5,pirate@2:0.5)")
+    ask(world, echo=True, max_tokens=0)
+    assert [r.keeps_logits for r in engine.requests if r] == [False] * len(engine.requests)
+    assert len(engine.requests) >= 2
 
 
 @pytest.mark.parametrize(

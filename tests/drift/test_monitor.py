@@ -306,9 +306,9 @@ def test_samples_are_scored_again_against_the_base_and_beside_stable(world):
     done = []
     asked = []
 
-    async def compare(tenant, token_ids, start, adapters, others_from):
+    async def compare(tenant, token_ids, start, adapters, others_from, kept):
         lanes = [str(a) if a else None for a in adapters]
-        asked.append((len(token_ids), start, others_from, lanes))
+        asked.append((len(token_ids), start, others_from, lanes, kept))
         if len(asked) == 3:
             raise QueueFullError("busy")
         count = len(token_ids) - start
@@ -319,7 +319,10 @@ def test_samples_are_scored_again_against_the_base_and_beside_stable(world):
 
     def sample(answer, stable=None):
         tokens = tuple(range(answer))
-        finished = Finished("r", DEFAULT_TENANT, ref, (1, 2, 3, 4), tokens, "a", Ending.STOP)
+        kept = f"rows of {answer}" if stable else None
+        finished = Finished(
+            "r", DEFAULT_TENANT, ref, (1, 2, 3, 4), tokens, "a", Ending.STOP, kept=kept
+        )
         return Sample(finished, stable)
 
     async def run():
@@ -339,8 +342,8 @@ def test_samples_are_scored_again_against_the_base_and_beside_stable(world):
         return dropped
 
     assert asyncio.run(run()) == ["too_long", "rescoring", "failed"]
-    assert asked[0] == (9, 4, 1, ["pirate@2", None])
-    assert asked[1] == (12, 4, 1, ["pirate@2", None, "pirate@2"])
+    assert asked[0] == (9, 4, 1, ["pirate@2", None], None)
+    assert asked[1] == (12, 4, 1, ["pirate@2", None, "pirate@2"], "rows of 8")
     first, second = done[0], done[1]
     assert len(first[1].kl) == len(first[1].other_logprobs) == len(first[1].own_logprobs) == 5
     assert (first[1].prompt_nll, second[1].prompt_nll) == (2.0, 2.0)

@@ -99,6 +99,7 @@ class FakeEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     compared: list[CompareRequest] = field(default_factory=list)
+    kept: dict[tuple[str, int], object] = field(default_factory=dict)
     hanging: asyncio.Event | None = None
     live: int = 0
 
@@ -227,6 +228,9 @@ class FakeEngine:
             prompt = request.prompt_token_ids
             known = [entry_of(i, params.prompt_logprobs) for i in prompt[1:]]
             prompt_logprobs = (None, *known)
+        kept = None
+        if finish is not None and request.keeps_logits:
+            kept = self.kept[request.request_id, index] = [None] * length
         return OutputDelta(
             request_id=request.request_id,
             index=index,
@@ -238,6 +242,7 @@ class FakeEngine:
             error=self.error if position == self.error_after else None,
             cached_tokens=min(4 + index, len(request.prompt_token_ids)),
             admitted_at=time.monotonic() if position == 0 else None,
+            kept=kept,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from manyhats.api.metering import metered
 from manyhats.api.prompts import Job
@@ -14,7 +14,7 @@ from manyhats.drift.feedback import Answered
 from manyhats.drift.monitor import DriftMonitor
 from manyhats.drift.signals.finished import Ending, Finished
 from manyhats.errors import AdapterLoadError, EngineFailedError
-from manyhats.types import AdapterRef, FinishReason, OutputDelta
+from manyhats.types import AdapterRef, FinishReason, KeptLogits, OutputDelta
 
 _ENDINGS = {FinishReason.STOP: Ending.STOP, FinishReason.LENGTH: Ending.LENGTH}
 
@@ -29,6 +29,7 @@ class _Choice:
     first: float = 0.0
     last: float = 0.0
     ending: Ending | None = None
+    kept: KeptLogits | None = None
 
     def add(self, delta: OutputDelta, now: float) -> None:
         if delta.token_ids:
@@ -40,37 +41,35 @@ class _Choice:
         self.logprobs += [entry.logprob for entry in delta.logprobs]
         if delta.finish_reason is not None:
             self.ending = _ENDINGS.get(delta.finish_reason)
+            self.kept = delta.kept
 
 
 async def watched(state: ApiState, job: Job) -> AsyncGenerator[tuple[int, OutputDelta]]:
     """``metered``'s deltas; the monitor is told of each choice that ended, or failed with the
     server's error. What the client broke off, or what was refused, says nothing of the adapter.
     """
-    deltas = metered(state, job)
-    monitor = state.drift
-    if monitor is None or job.scoring:
-        async with aclosing(deltas):
+    monitor, adapter = state.drift, job.adapter
+    if monitor is None or job.scoring or adapter is None:
+        async with aclosing(metered(state, job)) as deltas:
             async for event in deltas:
                 yield event
+        if monitor is not None and not job.scoring:
+            monitor.recent.remember(job.id, Answered(job.tenant, None))
         return
-    if job.adapter is None:
-        async with aclosing(deltas):
-            async for event in deltas:
-                yield event
-        monitor.recent.remember(job.id, Answered(job.tenant, None))
-        return
+    if monitor.samples(job.id, job.tenant, adapter):
+        job = replace(job, requests=tuple(replace(r, keeps_logits=True) for r in job.requests))
     choices = [_Choice() for _ in range(len(job.requests) * job.n)]
     try:
-        async with aclosing(deltas):
+        async with aclosing(metered(state, job)) as deltas:
             async for index, delta in deltas:
                 choices[index].add(delta, time.monotonic())
                 yield index, delta
     except (AdapterLoadError, EngineFailedError) as error:
-        _failed(monitor, job, job.adapter, choices, load=isinstance(error, AdapterLoadError))
+        _failed(monitor, job, adapter, choices, load=isinstance(error, AdapterLoadError))
         raise
     for index, choice in enumerate(choices):
         if choice.ending is not None:
-            monitor.finished(_told(job, job.adapter, index, choice, choice.ending))
+            monitor.finished(_told(job, adapter, index, choice, choice.ending))
 
 
 def _failed(
@@ -106,4 +105,5 @@ def _told(
         inter_token_s=(choice.last - choice.first) / (count - 1) if count > 1 else None,
         json_asked=params.grammar is not None,
         load_failed=load,
+        kept=choice.kept,
     )

@@ -131,12 +131,15 @@ class DriftMonitor:
         if not done.adapter.version:  # a composition that a request named: nobody's version
             return
         self._worker.post(lambda: self._look_at(done))
-        if self.offer is None:
-            return
-        stable = self._stable_beside(done)
-        share = self.options.share if stable is None else self.options.canary_share
-        if is_sampled(done.request_id, share):
+        stable = self._stable_beside(done.adapter, done.tenant)
+        if self.offer is not None and self._is_sampled(done.request_id, stable):
             self.offer(Sample(done, stable))
+
+    def samples(self, request_id: str, tenant: TenantId, ref: AdapterRef) -> bool:
+        """Whether a request that begins now will be scored again, as far as is known yet."""
+        if self.offer is None or not ref.version:
+            return False
+        return self._is_sampled(request_id, self._stable_beside(ref, tenant))
 
     def rescored(self, sample: Sample, base: Rescored, stable: Rescored | None) -> None:
         """A sample was scored again. Any thread; never blocks."""
@@ -327,9 +330,13 @@ class DriftMonitor:
         except ModelNotFoundError:
             return None
 
-    def _stable_beside(self, done: Finished) -> AdapterRef | None:
-        entry = self._entry(done.adapter.name, done.tenant)
-        return None if entry is None else self._stable_of(entry, done.adapter)
+    def _is_sampled(self, request_id: str, stable: AdapterRef | None) -> bool:
+        share = self.options.share if stable is None else self.options.canary_share
+        return is_sampled(request_id, share)
+
+    def _stable_beside(self, ref: AdapterRef, tenant: TenantId) -> AdapterRef | None:
+        entry = self._entry(ref.name, tenant)
+        return None if entry is None else self._stable_of(entry, ref)
 
     @staticmethod
     def _stable_of(entry: Entry, ref: AdapterRef) -> AdapterRef | None:

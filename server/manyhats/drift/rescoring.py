@@ -17,7 +17,7 @@ from typing import Protocol
 from manyhats.drift.signals.finished import Ending, Finished
 from manyhats.drift.signals.rescored import Rescored
 from manyhats.errors import ManyhatsError
-from manyhats.types import AdapterRef, TenantId
+from manyhats.types import AdapterRef, KeptLogits, TenantId
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class Lane(Protocol):
 
 class Compare(Protocol):
     """Scores tokens from ``start`` on with each of ``adapters`` (None: the base), teacher-forced;
-    all but the first from ``others_from`` on. Raises ManyhatsError.
+    all but the first from ``others_from`` on. ``kept``: what there is of the first lane already.
+    Raises ManyhatsError.
     """
 
     async def __call__(
@@ -58,6 +59,7 @@ class Compare(Protocol):
         start: int,
         adapters: tuple[AdapterRef | None, ...],
         others_from: int,
+        kept: KeptLogits | None,
     ) -> Sequence[Lane]:
         """See Compare."""
 
@@ -135,7 +137,7 @@ class Rescorer:
             adapters += (sample.stable,)
         # The own lane is for the answer alone; the base's perplexity of the prompt needs it whole.
         start = len(done.prompt_token_ids)
-        lanes = await self._compare(done.tenant, tokens, start, adapters, 1)
+        lanes = await self._compare(done.tenant, tokens, start, adapters, 1, done.kept)
         beside = rescored(lanes[0], lanes[2], start - 1) if len(lanes) > 2 else None
         self._found(sample, rescored(lanes[0], lanes[1], start - 1), beside)
 

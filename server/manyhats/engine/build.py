@@ -90,7 +90,7 @@ def build_engine(
     loop = EngineLoop(
         scheduler=scheduler,
         runner=runner,
-        postprocessor=_postprocessor(base, grammars, scheduler, observer),
+        postprocessor=_postprocessor(settings, base, grammars, scheduler, observer),
         residency=residency,
         observer=observer,
         deliver=deliver or postbox.deliver,
@@ -128,18 +128,26 @@ def _residency(
 def _client(
     settings: Settings, base: BaseModel, kernels: Resolved, loop: EngineLoop, postbox: Postbox
 ) -> AsyncEngine:
-    row_bytes = base.vocab_size * base.dtype.itemsize
     return AsyncEngine(
         loop,
         postbox,
         _model_info(settings, base, kernels),
         base.tokenizer,
-        max_compared_tokens=(settings.compare_mb << 20) // row_bytes,
+        max_compared_tokens=_compared_rows(settings, base),
     )
 
 
+def _compared_rows(settings: Settings, base: BaseModel) -> int:
+    """Rows of logits that ``compare_mb`` holds."""
+    return (settings.compare_mb << 20) // (base.vocab_size * base.dtype.itemsize)
+
+
 def _postprocessor(
-    base: BaseModel, grammars: Grammars, scheduler: Scheduler, observer: EngineObserver
+    settings: Settings,
+    base: BaseModel,
+    grammars: Grammars,
+    scheduler: Scheduler,
+    observer: EngineObserver,
 ) -> Postprocessor:
     return Postprocessor(
         sampler=Sampler(base.vocab_size, base.device, base.eos_token_ids),
@@ -149,6 +157,7 @@ def _postprocessor(
         observer=observer,
         eos_token_ids=base.eos_token_ids,
         context_len=base.context_len,
+        kept_rows=_compared_rows(settings, base),
     )
 
 

@@ -18,6 +18,7 @@ from manyhats.engine.interface import (
     ModelInfo,
     Tokenizer,
 )
+from manyhats.engine.kept import KeptAnswer
 from manyhats.engine.loop import EngineLoop
 from manyhats.engine.postprocess import RowProbe
 from manyhats.errors import RequestError
@@ -130,9 +131,9 @@ class AsyncEngine:
         """See ``EngineClient.compare``."""
         self._check(request)
         several = len(request.adapters) > 1
-        probes: list[LaneProbe] = []
+        probes = _kept(request)
         async with self._comparing:
-            for adapter in request.adapters:
+            for adapter in request.adapters[len(probes) :]:
                 first = probes[0] if probes else None
                 start = request.answer_start if first is None else request.others_start
                 targets = request.token_ids[start:]
@@ -213,3 +214,11 @@ class AsyncEngine:
             self._postbox.close(request.request_id)
             if submitted and open_choices:
                 self._loop.abort(request.request_id)
+
+
+def _kept(request: CompareRequest) -> list[LaneProbe]:
+    """The first lane, where all of its answer was kept as it was drawn."""
+    if not isinstance(request.kept, KeptAnswer):
+        return []
+    lane = request.kept.lane(request.adapters[0], request.token_ids[request.answer_start :])
+    return [] if lane is None else [lane]

@@ -13,6 +13,7 @@ divergence sum p log(p / q) over the full vocabulary (Kullback and Leibler 1951)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -32,19 +33,20 @@ class LaneProbe:
 
     ``targets``: the tokens that get a score. ``first``: the lane to compare with, None for the
     first one, whose targets are the last ones of this lane; ``keep``: whether further lanes will be
-    compared with this one. Called on the step thread, read once the request has ended.
+    compared with this one. Called on the step thread, read once the request has ended. A lane that
+    is drawn (``drawn``), not forced, begins without targets and has no mean hidden state.
     """
 
     def __init__(
         self,
         adapter: AdapterRef | None,
-        targets: tuple[int, ...],
+        targets: Sequence[int],
         *,
         first: LaneProbe | None = None,
         keep: bool = False,
     ) -> None:
         self._adapter = adapter
-        self._targets = targets
+        self._targets = list(targets)
         self._first = first
         self._alone = 0 if first is None else len(targets) - len(first._targets)
         self._keep = keep
@@ -55,6 +57,11 @@ class LaneProbe:
         self._confidences: list[float] = []
         self._entropies: list[float] = []
         self._divergences: list[float] = []
+
+    def drawn(self, logits: torch.Tensor, token: int) -> None:
+        """The next row, [1, V], and the token that was drawn of it: see ``rows``."""
+        self._targets.append(token)
+        self.rows(logits, None)
 
     def rows(self, logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
         """The next rows in order: ``logits`` [R, V] in the model's dtype, ``hidden`` [R, H], what
@@ -76,7 +83,7 @@ class LaneProbe:
 
     def scores(self) -> LaneScores:
         """The lane's figures. Raises RuntimeError while rows are missing."""
-        if len(self._logprobs) != len(self._targets) or self._hidden is None:
+        if len(self._logprobs) != len(self._targets):
             raise RuntimeError(f"{len(self._logprobs)} of {len(self._targets)} rows are scored")
         both = self._top[self._alone :]
         agrees = () if self._first is None else zip(self._first._top, both, strict=True)
@@ -88,7 +95,9 @@ class LaneProbe:
             entropies=tuple(self._entropies),
             divergences=tuple(self._divergences),
             agreements=tuple(a == b for a, b in agrees),
-            hidden_mean=tuple((self._hidden / len(self._targets)).tolist()),
+            hidden_mean=()
+            if self._hidden is None
+            else tuple((self._hidden / len(self._targets)).tolist()),
         )
 
     def _score(self, logits: torch.Tensor, begin: int) -> None:

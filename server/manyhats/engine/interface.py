@@ -12,6 +12,7 @@ from manyhats.types import (
     AdapterRef,
     FinishReason,
     GenerationRequest,
+    KeptLogits,
     OutputDelta,
     TenantId,
 )
@@ -99,7 +100,9 @@ class CompareRequest:
     """The same tokens for several versions of the model. ``token_ids``: prompt, then answer, whose
     first token is at ``answer_start`` (at least 1: something must predict it). ``adapters``: one or
     more lanes, None for the bare base; the others are compared with the first. ``others_from``: an
-    earlier token, from which the others are scored by themselves, 0: the answer's first.
+    earlier token, from which the others are scored by themselves, 0: the answer's first. ``kept``:
+    what the engine kept of the first lane's own answer, which then is not computed again; where it
+    is not whole, it is.
     """
 
     tenant: TenantId
@@ -107,6 +110,7 @@ class CompareRequest:
     answer_start: int
     adapters: tuple[AdapterRef | None, ...]
     others_from: int = 0
+    kept: KeptLogits | None = None
 
     @property
     def others_start(self) -> int:
@@ -123,7 +127,7 @@ class LaneScores:
     ``divergences``: KL(first lane || this lane) over the full vocabulary, in nats, and
     ``agreements``: whether both likeliest tokens are the same; both of the answer's tokens alone,
     and empty for the first lane. ``hidden_mean``: what the head is given (the final norm's output),
-    mean over the positions that predict the tokens scored, in fp32.
+    mean over the positions that predict the tokens scored, in fp32; empty of a lane that was kept.
     """
 
     adapter: AdapterRef | None

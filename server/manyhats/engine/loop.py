@@ -287,6 +287,7 @@ class EngineLoop:
             urgency=request.urgency,
             priority=request.priority,
             scores_from=request.scores_from,
+            keeps_logits=request.keeps_logits,
             prompt_len=virtual + len(request.prompt_token_ids),
             token_ids=[0] * virtual + list(request.prompt_token_ids),
         )

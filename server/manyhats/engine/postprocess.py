@@ -15,6 +15,7 @@ from manyhats.engine.ensembles import united, wholes
 from manyhats.engine.grammar import GrammarMatcher
 from manyhats.engine.grammars import Grammars
 from manyhats.engine.interface import EngineObserver
+from manyhats.engine.kept import KeptAnswer, RowBudget
 from manyhats.engine.runner import PromptRows, StepLogits
 from manyhats.engine.sampling import RowError, SampledToken, Sampler
 from manyhats.errors import ManyhatsError
@@ -48,6 +49,7 @@ class _Live:
     detokenizer: Detokenizer
     matcher: GrammarMatcher | None
     probe: RowProbe | None = None
+    kept: KeptAnswer | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     scored: int = 0  # prompt tokens, from the first that is to be scored on
 
@@ -56,7 +58,7 @@ class Postprocessor:
     """Ends a step. Confined to the step thread.
 
     ``eos_token_ids`` end a sequence unless it ignores them; ``context_len`` is the most tokens one
-    may have.
+    may have; ``kept_rows`` of logits are kept of answers that will be compared.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Postprocessor:
         observer: EngineObserver,
         eos_token_ids: frozenset[int],
         context_len: int,
+        kept_rows: int,
     ) -> None:
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -77,6 +80,7 @@ class Postprocessor:
         self._observer = observer
         self._eos = eos_token_ids
         self._context_len = context_len
+        self._budget = RowBudget(kept_rows)
         self._live: dict[int, _Live] = {}
 
     def open(self, sequences: Iterable[LiveSequence], probe: RowProbe | None = None) -> None:
@@ -92,6 +96,10 @@ class Postprocessor:
                 Detokenizer(self._tokenizer, params.stop),
                 grammar.matcher() if grammar is not None else None,
                 probe,
+                # An ensemble's row is none of the model's own.
+                KeptAnswer(sequence.adapter, self._budget)
+                if sequence.keeps_logits and not sequence.lanes
+                else None,
             )
 
     def close(self, sequences: Iterable[LiveSequence]) -> None:
@@ -163,6 +171,8 @@ class Postprocessor:
                 errors[sequence.request_id] = error
             elif isinstance(result, SampledToken):
                 drawn[sequence.id] = result
+                if (kept := self._live[sequence.id].kept) is not None:
+                    kept.drawn(rows[row : row + 1], result.token_id)
         return drawn
 
     def _advance(
@@ -193,6 +203,7 @@ class Postprocessor:
             finish_reason=reason,
             cached_tokens=sequence.cached_prompt_tokens,
             admitted_at=sequence.admitted_at if first else None,
+            kept=live.kept if reason is not None else None,
         )
         if reason is not None:
             self._finish(sequence, reason, now)

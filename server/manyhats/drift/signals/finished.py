@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from manyhats.types import AdapterRef, TenantId
+from manyhats.types import AdapterRef, KeptLogits, TenantId
 
 
 class Ending(enum.StrEnum):
@@ -23,7 +23,7 @@ class Finished:
     ``logprobs`` of the tokens, where the request asked for them. ``ttft_s`` from arrival to the
     first token and ``inter_token_s`` the mean between two, where there were as many.
     ``json_asked``: a JSON format was. ``load_failed``: the error is that the adapter could not be
-    loaded.
+    loaded. ``kept``: what the engine kept of the answer, to compare it with other versions'.
     """
 
     request_id: str
@@ -38,3 +38,4 @@ class Finished:
     inter_token_s: float | None = None
     json_asked: bool = False
     load_failed: bool = False
+    kept: KeptLogits | None = None
