@@ -47,7 +47,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**_COMMON),
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
 }
-PROMPTS = [[5, 9, 11, 4, 17] * 9, [3] * 2 + [8, 60, 7, 21, 33, 2, 9, 90, 41, 12], [44], [7, 7, 8]]
+PROMPTS = [[5, 9, 11, 4, 17] * 15, [3] * 2 + [8, 60, 7, 21, 33, 2, 9, 90, 41, 12], [44], [7, 7, 8]]
 
 
 def base_of(config, folder, **settings):
@@ -123,6 +123,19 @@ def test_a_stack_has_the_bits_of_the_modules(name, tmp_path):
     assert bool(prompts) == has_tiles()
     plain, _ = generate(base, rows, [None] * 4, layer_stack=True)
     assert [plain[i] == outputs[i] for i in range(4)] == [False, True, False, False]
+
+
+def test_without_tiles_prompts_go_through_the_modules(tmp_path):
+    """As on a machine that has no AMX: decode steps alone take the stack."""
+    engine = engine_of(base_of(CONFIGS["llama"], tmp_path))
+    stack, longest = way(engine), []
+    stack._runner._amx = 0
+    run = stack.run
+    stack.run = lambda *a: longest.append(a[2].max_query_len) or run(*a)
+    with engine:
+        outputs = engine.generate(PROMPTS, params(4, ignore_eos=True))
+    assert [o.error for o in outputs] == [None] * 4
+    assert set(longest) == {1}
 
 
 def test_background_prompts_leave_decodes_to_the_stack(tmp_path):
