@@ -164,11 +164,19 @@ def test_background_prompts_leave_decodes_to_the_stack(tmp_path):
                 ]
             made = [one for each in engine.wait(*ids) for one in each]
         assert [o.error for o in made] == [None] * 4
-        outputs[layer_stack] = [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in made]
+        outputs[layer_stack] = made
         together = {"live decode", "background prompt"} in passes
         assert together is not layer_stack
         assert ({"background prompt"} in passes) is layer_stack
-    assert outputs[True] == outputs[False]
+    for got, want in zip(outputs[True], outputs[False], strict=True):
+        assert got.token_ids == want.token_ids
+        # A pass of fewer tokens may sum in another order.
+        assert scores(got.logprobs) == pytest.approx(scores(want.logprobs), abs=2e-2)
+        assert scores(got.prompt_logprobs) == pytest.approx(scores(want.prompt_logprobs), abs=2e-2)
+
+
+def scores(entries):
+    return [entry.logprob for entry in entries or () if entry is not None]
 
 
 def told(run, passes, items):

@@ -9,8 +9,8 @@ from manyhats_kernels.fourbit import FourBitWeight
 from manyhats_kernels.groups import DenseWeight, MatrixGroup
 from manyhats_kernels.native.backend import DOTS_ROWS
 
-SHAPES = [(32, 64), (1, 64), (40, 128), (97, 192), (576, 192), (64, 1536)]
-TOKENS = [1, 3, 4, 15, 16, 17, 32, 33, 49, DOTS_ROWS + 6]
+SHAPES = [(32, 64), (1, 64), (40, 128), (97, 192), (98, 64), (576, 192), (64, 1536)]
+TOKENS = [1, 2, 3, 4, 15, 16, 17, 32, 33, 49, DOTS_ROWS + 6]
 
 
 @pytest.fixture(scope="module", params=["amx", "dots"])
@@ -65,7 +65,7 @@ def test_4bit_product(native, n, k, tokens):
     assert_rounded(native.matmul_4bit(x, weight), x, dense)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 18, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 18, 40])
 def test_a_group_is_each_of_its_products(native, tokens):
     made = [quantized(n, 192) for n in (97, 32, 64)]
     biases = [None, torch.randn(32).bfloat16(), None]
@@ -92,12 +92,14 @@ def test_bf16_group(native, tokens):
 
 
 def test_who_shares_the_batch_changes_no_bit(native):
-    """Up to the sixteen tokens of a tile; the sums of a token run over k in one order."""
+    """From four tokens on, and among fewer: the sums of a token run over k in one order."""
     weight, _ = quantized(97, 192)
     x = signed(45, 192)
-    together = native.matmul_4bit(x, weight)
-    for token in (0, 15, 16, 44):
-        assert torch.equal(native.matmul_4bit(x[token : token + 1], weight)[0], together[token])
+    together, few = native.matmul_4bit(x, weight), native.matmul_4bit(x[:3], weight)
+    for token in (0, 15, 16, 41):
+        assert torch.equal(native.matmul_4bit(x[token : token + 4], weight)[0], together[token])
+    for token in (0, 1, 2):
+        assert torch.equal(native.matmul_4bit(x[token : token + 1], weight)[0], few[token])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -34,14 +34,24 @@ INLINE const quant4_matrix *find_matrix(const quant4_args *g, int64_t *panel) {
     return m;
 }
 
-/* Sixty-four weights with one scale: 32 of even k to `even`, 32 of odd k to `odd`. */
-INLINE void unpack_run(bf16 *even, bf16 *odd, const uint8_t *packed, float absmax, vf code) {
 #ifdef MH_AVX512_BF16
+/* Sixty-four weights with one scale: 32 of even k in `even`, 32 of odd k in `odd`. */
+INLINE void unpack_registers(__m512i *even, __m512i *odd, const uint8_t *packed, float absmax, vf code) {
     __m256i table = (__m256i)_mm512_cvtneps_pbh((__m512)(code * splat(absmax)));
     __m512i twice = _mm512_broadcast_i64x4(table); /* a lane's fifth bit is the other nibble's */
     __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)packed));
-    _mm512_storeu_si512(even, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), twice));
-    _mm512_storeu_si512(odd, _mm512_permutexvar_epi16(bytes, twice));
+    *even = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), twice);
+    *odd = _mm512_permutexvar_epi16(bytes, twice);
+}
+#endif
+
+/* The same to memory. */
+INLINE void unpack_run(bf16 *even, bf16 *odd, const uint8_t *packed, float absmax, vf code) {
+#ifdef MH_AVX512_BF16
+    __m512i first, second;
+    unpack_registers(&first, &second, packed, absmax, code);
+    _mm512_storeu_si512(even, first);
+    _mm512_storeu_si512(odd, second);
 #else
     uint16_t table[16];
     for (int c = 0; c < 16; c++) table[c] = nearest_bf16(code[c] * absmax);
@@ -121,6 +131,7 @@ static void quant4_dots(const quant4_args *g) {
 }
 
 #include "quant4_amx.h"
+#include "quant4_few.h"
 
 /* y = x W^T + bias for each matrix; bf16 ones need AMX. Returns 0 or MH_NO_MEMORY. */
 EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
@@ -132,6 +143,12 @@ EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, in
     if (!scratch) return MH_NO_MEMORY;
     quant4_args g = {matrices, panel_count, x, x_stride, tokens, k, scratch,
                      scratch + token_tiles * k, threads};
+#ifdef MH_AVX512_BF16
+    if (are_few(matrices, matrix_count, tokens)) {
+        quant4_few(&g);
+        return 0;
+    }
+#endif
 #ifdef MH_AMX
     if (amx) {
         quant4_tiles(&g);
