@@ -82,7 +82,6 @@ class LayerStack:
         self.num_slots = min(
             (g.num_slots for layer in self.layers for g in layer.adapters or ()), default=0
         )
-        self.scratch_width = 2 * self.hidden + 2 * widths[0] + 2 * widths[1] + 3 * self.inner
         sizes = (self.hidden, heads, kv_heads, head_dim, self.inner, self.block_size)
         self.shape = (ctypes.c_int64 * 7)(*sizes, len(self.layers))
         self.descriptor = (ctypes.c_int64 * len(fields))(*fields)
@@ -174,6 +173,10 @@ class LayerStack:
 @runtime_checkable
 class StackRunner(Protocol):
     """A backend that runs a step through all layers in one call."""
+
+    @property
+    def stacks_prompts(self) -> bool:
+        """Whether sequences of many new tokens are no slower so than by single calls."""
 
     def run_stack(
         self,

@@ -44,7 +44,7 @@ class ModelSettings(BaseSettings):
     )
     layer_stack: bool = Field(
         default=True,
-        description="On a CPU run decode steps of Llama-shaped bases in one native call.",
+        description="On a CPU run steps of Llama-shaped bases in one native call.",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads for the engine; default: torch's own."

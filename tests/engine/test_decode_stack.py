@@ -1,4 +1,4 @@
-"""Decode steps with all layers in one native call have the bits of the layers called one by one."""
+"""Steps with all layers in one native call have the bits of the layers called one by one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from manyhats.config import Settings
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import load_base
 from manyhats.engine.runner import forward
-from manyhats.engine.stack import DecodeStack, agrees
+from manyhats.engine.stack import DecoderStack, agrees
 from manyhats.types import Digest, Priority
+from manyhats_kernels.native.stack import NativeStack
 
 _COMMON = {
     "vocab_size": VOCAB,
@@ -47,7 +48,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**_COMMON),
     "qwen3": Qwen3Config(**_COMMON, head_dim=32),
 }
-PROMPTS = [[5, 9, 11, 4, 17], [3] * 2 + [8, 60, 7, 21, 33, 2, 9, 90, 41, 12], [44], [7, 7, 8]]
+PROMPTS = [[5, 9, 11, 4, 17] * 15, [3] * 2 + [8, 60, 7, 21, 33, 2, 9, 90, 41, 12], [44], [7, 7, 8]]
 
 
 def base_of(config, folder, **settings):
@@ -68,6 +69,12 @@ def base_of(config, folder, **settings):
     return load_base(wanted, kernels.backend)
 
 
+def has_tiles():
+    """Whether steps with prompts in them take the stack: where the backend has AMX tiles."""
+    kernels = resolve_kernels("native", device=torch.device("cpu"), home=Settings().home)
+    return kernels.backend.stacks_prompts
+
+
 def engine_of(base, adapters=(), **settings):
     worn = {a.family: a for a in adapters}
     home = Settings().home
@@ -78,14 +85,23 @@ def way(engine):
     return engine.engine.loop._runner._fast
 
 
-def generate(base, adapters, names, *, layer_stack):
-    """Tokens and log-probabilities of concurrent requests; how often the stack ran."""
+def generate(base, adapters, names, *, layer_stack, prompts=None):
+    """Tokens and log-probabilities of concurrent requests; of how many sequences the decode steps
+    were that the stack ran. ``prompts`` is given the tokens of the others that it ran.
+    """
     engine = engine_of(base, adapters, layer_stack=layer_stack)
-    assert isinstance(way(engine), DecodeStack) == layer_stack
+    assert isinstance(way(engine), DecoderStack) == layer_stack
     ran = []
     if layer_stack:
         run = way(engine).run
-        way(engine).run = lambda *a: ran.append(len(a[0])) or run(*a)
+
+        def noted(ids, positions, attention, *rest):
+            kind = ran if attention.max_query_len == 1 else prompts
+            if kind is not None:
+                kind.append(len(ids))
+            return run(ids, positions, attention, *rest)
+
+        way(engine).run = noted
     sampling = [params(n, ignore_eos=True, logprobs=2) for n in (9, 4, 12, 7)]
     with engine:
         engine.generate(PROMPTS, params(1), names)  # so that all adapters are there
@@ -101,11 +117,26 @@ def test_a_stack_has_the_bits_of_the_modules(name, tmp_path):
     rows = [replace(a, family=f"rows{i}") for i, a in enumerate(rows)]
     worn = ["rows0", None, "rows1", "rows0"]
     wanted, _ = generate(base, rows, worn, layer_stack=False)
-    outputs, ran = generate(base, rows, worn, layer_stack=True)
+    prompts = []
+    outputs, ran = generate(base, rows, worn, layer_stack=True, prompts=prompts)
     assert outputs == wanted
     assert set(ran) == {1, 2, 3, 4}
+    assert bool(prompts) == has_tiles()
     plain, _ = generate(base, rows, [None] * 4, layer_stack=True)
     assert [plain[i] == outputs[i] for i in range(4)] == [False, True, False, False]
+
+
+def test_without_tiles_prompts_go_through_the_modules(tmp_path, monkeypatch):
+    """As on a machine that has no AMX: decode steps alone take the stack."""
+    monkeypatch.setattr(NativeStack, "stacks_prompts", False)
+    engine = engine_of(base_of(CONFIGS["llama"], tmp_path))
+    stack, longest = way(engine), []
+    run = stack.run
+    stack.run = lambda *a: longest.append(a[2].max_query_len) or run(*a)
+    with engine:
+        outputs = engine.generate(PROMPTS, params(4, ignore_eos=True))
+    assert [o.error for o in outputs] == [None] * 4
+    assert set(longest) == {1}
 
 
 def test_background_prompts_leave_decodes_to_the_stack(tmp_path):
@@ -164,8 +195,9 @@ def test_without_adapter_layers(tmp_path):
     base = base_of(CONFIGS["llama"], tmp_path)
     wanted, _ = generate(base, (), [None] * 4, layer_stack=True)
     engine = engine_of(base, adapter_layers=False)
-    assert isinstance(way(engine), DecodeStack)
+    assert isinstance(way(engine), DecoderStack)
     with engine:
+        engine.generate(PROMPTS, params(1))  # so that as much comes from the prefix cache
         outputs = engine.generate(PROMPTS, params(4, ignore_eos=True, logprobs=2))
     assert [(o.token_ids, o.logprobs) for o in outputs] == [
         (ids[:4], scores[:4]) for ids, scores in wanted

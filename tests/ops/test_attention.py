@@ -80,6 +80,29 @@ def test_long_contexts(backend, dtype, window):
     assert_close(run(backend, case, 0.125, window), naive(case, 0.125, window, None))
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (45, None), (None, 2.5)])
+@pytest.mark.parametrize(
+    ("dim", "size"), [(8, 1), (24, 8), (64, 5), (80, 32), (128, 16), (256, 3), (320, 16)]
+)
+def test_long_prompts(backend, dtype, dim, size, window, cap):
+    """More new tokens than are attended to in place: whole prompts, later pieces, last rows."""
+    lengths = [(33, 33), (2, 9), (161, 161), (47, 300), (128, 140)]
+    case = attention_case(lengths, heads=6, kv_heads=2, dim=dim, block_size=size, dtype=dtype)
+    scale = 2 * dim**-0.5
+    assert_close(run(backend, case, scale, window, cap), naive(case, scale, window, cap))
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (45, 2.5)])
+def test_long_prompts_without_tiles(backend, monkeypatch, window, cap):
+    """As on a machine that has no AMX: PyTorch attends to them."""
+    monkeypatch.setattr(backend, "_amx", 0)
+    lengths = [(33, 33), (2, 9), (47, 300)]
+    case = attention_case(lengths, heads=6, kv_heads=2, dim=64, block_size=16, dtype=torch.bfloat16)
+    assert_close(run(backend, case, 0.25, window, cap), naive(case, 0.25, window, cap))
+
+
 def test_equals_pytorchs_own(backend):
     case = attention_case(
         [(1, 50), (12, 12), (4, 30)],

@@ -39,3 +39,22 @@ def test_a_sequence_alone_has_the_same_bits(backend, dtype):
             case.q[last : last + 1], case.k_cache, case.v_cache, plan, **options
         )
         assert torch.equal(alone[0], together[last])
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_prompt_in_pieces_has_the_same_bits(backend, window):
+    """On AMX tiles: neither the pieces of a prompt nor its company changes a row."""
+    if not backend.stacks_prompts:
+        pytest.skip("this machine has no AMX")
+    lengths = [(50, 80), (300, 310), (1, 7)]
+    case = attention_case(lengths, heads=6, kv_heads=2, dim=64, block_size=16, dtype=torch.bfloat16)
+    options = {"scale": 0.125, "sliding_window": window, "soft_cap": None}
+    together = backend.paged_attention(case.q, case.k_cache, case.v_cache, case.batch, **options)
+    table = [b for b in case.batch.block_tables[1].tolist() if b >= 0]
+    first = case.batch.host_query_start[1]
+    for begin, end in ((0, 35), (35, 200), (200, 300)):
+        plan = AttentionBatch.build([end - begin], [10 + end], [table], 16)
+        own = slice(first + begin, first + end)
+        piece = backend.paged_attention(case.q[own], case.k_cache, case.v_cache, plan, **options)
+        assert torch.equal(piece, together[own])

@@ -27,12 +27,14 @@ from manyhats_kernels.fourbit import FourBitWeight, check_matmul_4bit
 from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
 from manyhats_kernels.native.build import build, load
 from manyhats_kernels.native.dense import NativeDense
-from manyhats_kernels.native.parts import DTYPE_CODES, NativeParts, check_memory
+from manyhats_kernels.native.parts import (
+    DTYPE_CODES,
+    PREFILL_QUERIES,
+    NativeParts,
+    check_memory,
+)
 from manyhats_kernels.native.stack import NativeStack
 from manyhats_kernels.stack import MAX_HEAD_DIM
-
-PREFILL_QUERIES = 32
-"""New tokens above which a sequence is gathered and attended to by PyTorch's blocked attention."""
 
 DOTS_ROWS = 64
 """Rows up to which the product with 4-bit weights by dot products beats unpacking and oneDNN."""
@@ -44,7 +46,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "mh_store_kv": (None, [_L, _I, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L, _L, _L, _L]),
     "mh_attention": (
         _L,
-        [_I, _I, _P, _P, _L, _L, _P, _P, _L, _L, _L, _L, _P, _P, _P, _L, _L, _L, _F, _L, _F],
+        [*[_I] * 3, _P, _P, _L, _L, _P, _P, *[_L] * 4, *[_P] * 3, *[_L] * 3, _F, _L, _F],
     ),
     "mh_unpack4": (None, [_I, _P, _P, _P, _P, _L, _L, _L]),
     "mh_matmul": (_L, [_I, _I, _P, _L, _P, _L, _L, _L]),
@@ -57,8 +59,9 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
     shares the batch; only attention of long prompts (more than :data:`PREFILL_QUERIES` new tokens),
-    which PyTorch does, rounds its probabilities to the storage type as PyTorch does. Calls release
-    the GIL and run on ``torch.get_num_threads()`` threads of the OpenMP pool that PyTorch uses.
+    on AMX tiles or by PyTorch, rounds its probabilities to the storage type as PyTorch does. Calls
+    release the GIL and run on ``torch.get_num_threads()`` threads of the OpenMP pool that PyTorch
+    uses.
     """
 
     name = "native"
@@ -197,15 +200,19 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
         """See :meth:`Backend.paged_attention`.
 
         Sequences with few new tokens read the cache where it lies; for the others the context is
-        gathered once and PyTorch's attention does the rest.
+        gathered once, and multiplied on AMX tiles where it is bf16 and the machine has them, else
+        by PyTorch's attention.
         """
         check_attention(q, k_cache, v_cache, batch, sliding_window, soft_cap)
         out = torch.empty(q.shape, dtype=q.dtype)
-        in_place = PREFILL_QUERIES if q.size(2) <= MAX_HEAD_DIM else 0
+        native = q.size(2) <= MAX_HEAD_DIM
+        in_place = PREFILL_QUERIES if native else 0
+        tiles = native and q.dtype == torch.bfloat16 and bool(self._amx)
         q = q if q.stride(2) == 1 else q.contiguous()
         query_start, context_lens, tables, _ = batch.pointers
         failed = self._attention(
             DTYPE_CODES[q.dtype],
+            tiles,
             torch.get_num_threads(),
             out.data_ptr(),
             q.data_ptr(),
@@ -228,7 +235,7 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
             soft_cap or 0.0,
         )
         check_memory(failed)
-        if batch.max_query_len > in_place:
+        if batch.max_query_len > in_place and not tiles:
             for sequence, queries in enumerate(batch.host_query_lens):
                 if queries > in_place:
                     attend_sequence(

@@ -89,6 +89,7 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
 }
 
 #include "amx.h"
+#include "memory.h"
 #include "parts_plan.h"
 
 #define T bf16
@@ -114,6 +115,7 @@ INLINE const lora_segment *find_segment(const lora_args *g, int64_t item, int ex
 
 #include "lora_amx.h"
 #include "lora_entry.h"
+#include "attention_amx.h"
 
 /* Copy [tokens, heads, dim] to the places `where` of a cache [blocks, heads, size, dim]. */
 EXPORT void mh_store_kv(int64_t element, int threads, char *k_cache, char *v_cache, const char *k, const char *v,
@@ -156,7 +158,8 @@ static void plan_attention(const attn_args *g, int64_t sequences, int64_t max_qu
     *partials = p;
 }
 
-EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, int64_t q_token, int64_t q_head,
+/* Sequences of up to max_queries new tokens; with `amx`, which takes bf16 and heads of up to ATTN_DIM, the others too. */
+EXPORT int64_t mh_attention(int dtype, int amx, int threads, void *out, const void *q, int64_t q_token, int64_t q_head,
                             const void *k_cache, const void *v_cache, int64_t heads, int64_t kv_heads,
                             int64_t dim, int64_t block_size, const int32_t *query_start,
                             const int32_t *context_lens, const int32_t *block_tables, int64_t table_width,
@@ -167,6 +170,10 @@ EXPORT int64_t mh_attention(int dtype, int threads, void *out, const void *q, in
                    .context_lens = context_lens, .block_tables = block_tables, .scale = scale,
                    .soft_cap = soft_cap, .threads = threads};
     int64_t partials;
+#ifdef MH_AMX
+    if (amx && attend_prompts(&g, sequences, max_queries)) return MH_NO_MEMORY;
+#endif
+    (void)amx;
     plan_attention(&g, sequences, max_queries, NULL, NULL, &g.item_count, &g.merge_count, &partials);
     if (g.item_count == 0) return 0;
     attn_item *items = malloc(g.item_count * sizeof *items);

@@ -1,18 +1,5 @@
 /* The plan of work items of lora.h, lora_amx.h and the bottlenecks of parts.h, and their entry points. */
 
-typedef struct { void *at; int64_t size; } kept; /* memory that a thread keeps from call to call */
-
-/* At least `bytes` of it, NULL where there is none; a decode step comes here some hundred times. */
-static void *kept_memory(kept *memory, int64_t bytes) {
-    if (bytes > memory->size) {
-        free(memory->at);
-        memory->size = 0;
-        memory->at = aligned_alloc(64, blocks_of(bytes, 64) * 64);
-        if (memory->at) memory->size = bytes;
-    }
-    return memory->at;
-}
-
 /* Numbers the work items of the segments, whose other fields are set. */
 static void plan_items(lora_args *g, lora_segment *segments) {
     int64_t few = 0, row_step = g->amx ? 16 : 4;

@@ -20,6 +20,9 @@ from manyhats_kernels.batch import AdapterBatch
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
+PREFILL_QUERIES = 32
+"""New tokens above which a sequence's context is gathered before it is attended to."""
+
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "mh_scale_rows": (None, [_I, _I, _P, _L, _P, _L, _L, _P, _P, _L]),

@@ -136,17 +136,11 @@ static void quant4_dots(const quant4_args *g) {
 /* y = x W^T + bias for each matrix; bf16 ones need AMX. Returns 0 or MH_NO_MEMORY. */
 EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
                          int64_t x_stride, int64_t tokens, int64_t k) {
-    static __thread bf16 *scratch;
-    static __thread int64_t scratch_size;
+    static __thread kept memory;
     int64_t token_tiles = blocks_of(tokens, 16) * 16, panel_count = 0;
-    int64_t need = (token_tiles + (int64_t)threads * Q4_ROWS) * k;
     for (int64_t i = 0; i < matrix_count; i++) panel_count += blocks_of(matrices[i].n, Q4_ROWS);
-    if (need > scratch_size) { /* kept: a decode step comes here some hundred times */
-        free(scratch);
-        scratch_size = 0;
-        if (!(scratch = aligned_alloc(64, blocks_of(need * sizeof *scratch, 64) * 64))) return MH_NO_MEMORY;
-        scratch_size = need;
-    }
+    bf16 *scratch = kept_memory(&memory, (token_tiles + (int64_t)threads * Q4_ROWS) * k * (int64_t)sizeof(bf16));
+    if (!scratch) return MH_NO_MEMORY;
     quant4_args g = {matrices, panel_count, x, x_stride, tokens, k, scratch,
                      scratch + token_tiles * k, threads};
 #ifdef MH_AVX512_BF16

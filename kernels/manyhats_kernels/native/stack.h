@@ -1,4 +1,4 @@
-/* A decode step through all layers of a Llama-shaped model in one call: norm, q k v, rotary embedding, cache,
+/* A step through all layers of a Llama-shaped model in one call: norm, q k v, rotary embedding, cache,
  * attention, o, norm, gate and up, silu, down, with the adapters' low-rank products at each of them.
  *
  * Every operation is the one that the single entry points do, in the same order and rounded at the same places, so
@@ -23,6 +23,7 @@ typedef struct { /* likewise */
     const int32_t *order, *slots, *offsets;
     const bf16 *cos, *sin; /* [tokens][dim] */
     const int32_t *token_slots;
+    int64_t in_place; /* new tokens up to which a sequence reads the cache where it lies */
 } stack_step;
 
 #include "stack_parts.h"
@@ -114,12 +115,16 @@ static int64_t project(const quant4_matrix *matrices, const lora_site *sites, in
 }
 
 /* hidden [tokens][hidden] goes through all layers, in place; the last norm is not among them. parts: what adapters do
- * beside low-rank products, absent where none does. scratch: tokens * (2 hidden + (2 heads + 2 kv_heads) dim + 3 inner).
- * Returns 0, MH_NO_MEMORY, or 1 + the number of the layer where a segment owns rows outside of its pool. */
+ * beside low-rank products, absent where none does. Returns 0, MH_NO_MEMORY, or 1 + the number of the layer where a
+ * segment owns rows outside of its pool. */
 EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_layer *layers, const stack_parts *parts,
-                        const stack_step *s, bf16 *hidden, bf16 *scratch, float eps, float head_eps, float scale) {
+                        const stack_step *s, bf16 *hidden, float eps, float head_eps, float scale) {
     int64_t n = m->hidden, q_width = m->heads * m->dim, kv_width = m->kv_heads * m->dim, inner_width = m->inner;
     int64_t width = q_width + 2 * kv_width, failed = 0, at = 0;
+    static __thread kept memory;
+    int64_t room = s->tokens * (2 * n + width + q_width + 3 * inner_width) * (int64_t)sizeof(bf16);
+    bf16 *scratch = kept_memory(&memory, room);
+    if (!scratch) return MH_NO_MEMORY;
     bf16 *x = scratch, *y = x + s->tokens * n, *qkv = y + s->tokens * n, *attended = qkv + s->tokens * width;
     bf16 *gate_up = attended + s->tokens * q_width, *inner = gate_up + s->tokens * 2 * inner_width;
     const stack_parts *p = s->segments ? parts : NULL;
@@ -135,9 +140,9 @@ EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_
             finish_linear(qkv + q_width + kv_width, width, &p->v, kv_width, s);
         }
         place_heads(m, layer, s, qkv, width, head_eps, threads);
-        failed = mh_attention(0, threads, attended, qkv, width, m->dim, layer->k_cache, layer->v_cache, m->heads,
+        failed = mh_attention(0, amx, threads, attended, qkv, width, m->dim, layer->k_cache, layer->v_cache, m->heads,
                               m->kv_heads, m->dim, m->block_size, s->query_start, s->context_lens, s->block_tables,
-                              s->table_width, s->sequences, s->tokens, scale, layer->window, 0);
+                              s->table_width, s->sequences, s->in_place, scale, layer->window, 0);
         if (failed) break;
         if (p) scale_worn(attended, q_width, p->o.input, q_width, s);
         failed = project(layer->o, layer->o_sites, 1, y, n, attended, q_width, s, amx, threads);

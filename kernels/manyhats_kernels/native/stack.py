@@ -1,4 +1,4 @@
-"""The launcher of a whole decode step in C."""
+"""The launcher of a whole step in C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
-from manyhats_kernels.native.parts import check_memory
+from manyhats_kernels.native.parts import PREFILL_QUERIES, check_memory
 from manyhats_kernels.stack import LayerStack
 from manyhats_kernels.stack_parts import StackParts
 
@@ -27,7 +27,12 @@ class NativeStack:
         """Take the entry point of a library that ``native.build.load`` gave."""
         self._stack = library.mh_stack
         self._stack.restype = c_int64
-        self._stack.argtypes = [c_int, c_int, *[_P] * 6, _F, _F, _F]
+        self._stack.argtypes = [c_int, c_int, *[_P] * 5, _F, _F, _F]
+
+    @property
+    def stacks_prompts(self) -> bool:
+        """See :attr:`manyhats_kernels.stack.StackRunner.stacks_prompts`: on AMX tiles."""
+        return bool(self._amx)
 
     def run_stack(
         self,
@@ -44,7 +49,7 @@ class NativeStack:
         tokens = attention.num_tokens
         if not tokens:
             return
-        step = (c_int64 * 14)(
+        step = (c_int64 * 15)(
             tokens,
             attention.num_sequences,
             attention.block_tables.size(1),
@@ -54,8 +59,8 @@ class NativeStack:
             cos.data_ptr(),
             sin.data_ptr(),
             adapters.slots.data_ptr(),
+            PREFILL_QUERIES if self._amx else tokens,
         )
-        scratch = torch.empty(tokens * stack.scratch_width, dtype=hidden.dtype)
         failed = self._stack(
             torch.get_num_threads(),
             self._amx,
@@ -64,7 +69,6 @@ class NativeStack:
             parts.descriptor if parts is not None else None,
             step,
             hidden.data_ptr(),
-            scratch.data_ptr(),
             stack.eps,
             stack.head_eps,
             stack.scale,

@@ -30,9 +30,9 @@ from manyhats.engine.pool import AdapterPool
 from manyhats.engine.postprocess import Postprocessor
 from manyhats.engine.projections import install_projections
 from manyhats.engine.residency import AdapterResidency
-from manyhats.engine.runner import FastDecode, ModelRunner, forward
+from manyhats.engine.runner import FastPath, ModelRunner, forward
 from manyhats.engine.sampling import Sampler
-from manyhats.engine.stack import agrees, decode_stack
+from manyhats.engine.stack import agrees, layer_stack
 from manyhats.engine.step import StepState
 from manyhats.scheduler.blocks import BlockManager
 from manyhats.scheduler.fair import FairShares, Prices, SharesOf, all_alike
@@ -247,15 +247,17 @@ def _runner(
     state: StepState,
     cache_blocks: int,
 ) -> ModelRunner:
-    """With a quicker way for decode steps, where device, backend and settings allow one."""
-    fast: FastDecode | None = None
+    """With a quicker way for steps, where device, backend and settings allow one."""
+    fast: FastPath | None = None
     if base.device.type == "cuda":
         fast = _graphs(settings, base, kernels, pool, state, cache_blocks)
     elif settings.layer_stack:
-        stack = decode_stack(base, kernels.backend, pool, state)
+        stack = layer_stack(base, kernels.backend, pool, state)
         compute = partial(forward, base.module)
         if stack and agrees(stack, compute, state, cache_blocks, settings.block_size):
-            logger.info("decode steps take all layers in one call")
+            logger.info(
+                "%s steps take all layers in one call", "all" if stack.takes_prompts else "decode"
+            )
             fast = stack
     return ModelRunner(base, pool, state, settings.block_size, fast)
 

@@ -128,6 +128,11 @@ class DecodeGraphs:
         )
         self._off = False
 
+    @property
+    def takes_prompts(self) -> bool:
+        """A graph holds a decode step."""
+        return False
+
     def takes(self, sequences: int) -> bool:
         """Whether a decode step of this kind is, or is now due to be, a graph."""
         if self._off or not self._sizes or sequences > self._sizes[-1]:
@@ -148,6 +153,7 @@ class DecodeGraphs:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
+        wanted: np.ndarray,
     ) -> torch.Tensor | None:
         """Logits [T, V] of a decode step, valid until the next one; plans are on the CPU.
 

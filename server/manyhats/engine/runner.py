@@ -43,8 +43,12 @@ class StepLogits:
     prompts: Sequence[PromptRows]
 
 
-class FastDecode(Protocol):
-    """A quicker way for steps of decodes alone."""
+class FastPath(Protocol):
+    """A quicker way for steps of decodes and, where it ``takes_prompts``, for others too."""
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether steps with prompts in them are for it, and any rows of them wanted."""
 
     def takes(self, sequences: int) -> bool:
         """Whether it is for the running step, of so many sequences."""
@@ -55,9 +59,10 @@ class FastDecode(Protocol):
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
+        wanted: np.ndarray,
     ) -> torch.Tensor | None:
-        """Logits [T, V] of the running step, whose plans lie on the CPU, valid until the next one;
-        None where it cannot be done.
+        """Logits [rows, V] of the running step's rows ``wanted`` (in a step of decodes alone, all
+        in order), valid until the next one; the plans lie on the CPU. None where it cannot be done.
         """
 
 
@@ -72,7 +77,7 @@ class ModelRunner:
         pool: AdapterPool | None,
         state: StepState,
         block_size: int,
-        fast: FastDecode | None = None,
+        fast: FastPath | None = None,
     ) -> None:
         self._module = base.module
         self._device = base.device
@@ -117,11 +122,18 @@ class ModelRunner:
         decodes = ids.size == len(items) == wanted.size and not prompts
         hidden: list[torch.Tensor] = []
         seen = any(items[index].sequence.background for index, _, _ in prompts)
+        fast = self._fast
+        if fast is not None and not (decodes or fast.takes_prompts):
+            fast = None
         try:
-            logits = self._decode(items, ids, positions) if decodes else None
-            if logits is None:
-                self._begin(items, counts, starts, wanted, self._device)
-                with _head_input(self._module, hidden) if seen else nullcontext():
+            with _head_input(self._module, hidden) if seen else nullcontext():
+                logits = None
+                if fast is not None:
+                    plans = self._begin(items, counts, starts, wanted, torch.device("cpu"))
+                    if fast.takes(len(items)):
+                        logits = fast.run(ids, positions, *plans, wanted)
+                if logits is None:
+                    self._begin(items, counts, starts, wanted, self._device)
                     logits = forward(
                         self._module,
                         to_device(ids, self._device)[None],
@@ -131,18 +143,6 @@ class ModelRunner:
         finally:
             self._state.end()
         return _split(items, logits, prompts, hidden[0] if hidden else None)
-
-    def _decode(
-        self, items: Sequence[ScheduledSequence], ids: np.ndarray, positions: np.ndarray
-    ) -> torch.Tensor | None:
-        """The logits of a decode step by the quicker way, None where it is not for it."""
-        if self._fast is None:
-            return None
-        wanted = np.arange(ids.size)
-        plans = self._begin(items, np.ones_like(ids), positions, wanted, torch.device("cpu"))
-        if not self._fast.takes(ids.size):
-            return None
-        return self._fast.run(ids, positions, *plans)
 
     def _begin(
         self,

@@ -1,9 +1,10 @@
-"""Decode steps of Llama-shaped bases on the CPU: all layers in one native call.
+"""Steps of Llama-shaped bases on the CPU: all layers in one native call.
 
 The layers' own modules take some forty calls a layer; between them the step thread waits for the
 interpreter, which the event loop wants too. Which bases are so shaped is found by trying: a stack
-serves only where it gives the very bits that the modules give. Steps with prompts in them go
-through the modules, and so do those whose adapters do what ``stack_parts`` leaves out.
+serves only where it gives the very bits that the modules give. Steps whose adapters do what
+``stack_parts`` leaves out go through the modules, and so do those with prompts in them where the
+backend is quicker that way.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """ids [1, T], positions [1, T], wanted rows [T] -> logits [T, V]."""
 
 
-class DecodeStack:
-    """Runs decode steps; see ``runner.FastDecode``. Used by the step thread alone."""
+class DecoderStack:
+    """Runs steps; see ``runner.FastPath``. Used by the step thread alone."""
 
     def __init__(
         self,
@@ -57,8 +58,13 @@ class DecodeStack:
         self._parts = parts
         self._state = state
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Where the backend is quicker so."""
+        return self._runner.stacks_prompts
+
     def takes(self, sequences: int) -> bool:
-        """Every decode step whose adapters do nothing in the layers that is not in a stack."""
+        """Every step whose adapters do nothing in the layers that is not in a stack."""
         return self._parts is None or self._parts.takes(self._state)
 
     def run(
@@ -67,8 +73,9 @@ class DecodeStack:
         positions: np.ndarray,
         attention: AttentionBatch,
         adapters: AdapterBatch,
+        wanted: np.ndarray,
     ) -> torch.Tensor:
-        """Logits [T, V] of the running step, whose plans are given."""
+        """Logits [rows, V] of the rows ``wanted`` of the running step, whose plans are given."""
         decoder = self._decoder
         stream: torch.Tensor = decoder.embed_tokens(torch.from_numpy(ids)[None])
         cos, sin = decoder.rotary_emb(stream, torch.from_numpy(positions)[None])
@@ -76,13 +83,16 @@ class DecodeStack:
         parts = self._parts.now(self._state) if self._parts is not None else None
         rotation = cos[0].contiguous(), sin[0].contiguous()
         self._runner.run_stack(hidden, self._stack, *rotation, attention, adapters, parts)
-        logits: torch.Tensor = self._head(decoder.norm(stream))
+        normal: torch.Tensor = decoder.norm(stream)
+        if wanted.size != ids.size or (np.diff(wanted) != 1).any():
+            normal = normal[:, torch.from_numpy(wanted)]
+        logits: torch.Tensor = self._head(normal)
         return logits[0]
 
 
-def decode_stack(
+def layer_stack(
     base: BaseModel, backend: Backend, pool: AdapterPool | None, state: StepState
-) -> DecodeStack | None:
+) -> DecoderStack | None:
     """The stack of a base whose caches and hooks are in place, None where there cannot be one."""
     head: Any = base.module.get_output_embeddings()
     if not isinstance(backend, StackRunner) or base.dtype != torch.bfloat16 or head is None:
@@ -107,10 +117,10 @@ def decode_stack(
             head_eps=plain_forward(q_norm).eps if q_norm is not None else 0.0,
         )
     except (AttributeError, ValueError) as error:
-        logger.info("decode steps go through the modules: %s", error)
+        logger.info("steps go through the modules: %s", error)
         return None
     parts = PartsOfStack(sites, pool, stack) if pool is not None else None
-    return DecodeStack(decoder, stack, backend, head, parts, state)
+    return DecoderStack(decoder, stack, backend, head, parts, state)
 
 
 def _layers(
@@ -167,7 +177,7 @@ def _adapters(
 
 @torch.inference_mode()
 def agrees(
-    stack: DecodeStack, modules: Forward, state: StepState, blocks: int, block_size: int
+    stack: DecoderStack, modules: Forward, state: StepState, blocks: int, block_size: int
 ) -> bool:
     """Whether a few decode steps have the same bits both ways. Writes to the first cache blocks."""
     sequences = min(_TRIED_SEQUENCES, blocks)
@@ -180,7 +190,7 @@ def agrees(
         adapters = AdapterBatch.build(np.full(sequences, -1), 0)
         state.begin(attention, adapters, (), wanted=np.arange(sequences))
         try:
-            ours = stack.run(ids, positions, attention, adapters)
+            ours = stack.run(ids, positions, attention, adapters, np.arange(sequences))
             theirs = modules(
                 torch.from_numpy(ids)[None],
                 torch.from_numpy(positions)[None],
