@@ -30,7 +30,7 @@ class Clock:
 def fleet(redis_url, tmp_path):
     """(archives of two replicas over one Redis, one of a server that is alone, the clock)."""
     clock = Clock()
-    stores = [RedisDriftStore(redis_url), RedisDriftStore(redis_url)]
+    stores = [RedisDriftStore(redis_url, "base"), RedisDriftStore(redis_url, "base")]
     alone = SqliteDriftStore(tmp_path / "drift.sqlite")
     yield [Archive(s, f"r{i}", clock) for i, s in enumerate(stores)], Archive(alone), clock
     for key in stores[0].items(""):

@@ -20,7 +20,7 @@ def opened(request, tmp_path):
         if request.param == "sqlite":
             stores.append(SqliteDriftStore(tmp_path / "drift.sqlite"))
         else:
-            stores.append(RedisDriftStore(request.getfixturevalue("redis_url")))
+            stores.append(RedisDriftStore(request.getfixturevalue("redis_url"), "base"))
         return stores[-1]
 
     yield open_one
@@ -47,6 +47,18 @@ def test_what_is_put_is_there_for_others(opened):
     assert one.get("policy/a") is None
 
 
+def test_two_bases_in_one_redis_know_nothing_of_each_other(redis_url):
+    one, other = RedisDriftStore(redis_url, "one"), RedisDriftStore(redis_url, "other")
+    one.put("policy/a", "1")
+    assert other.get("policy/a") is None
+    assert other.put_new("policy/a", "2") == "2"
+    other.remove("policy/a")
+    assert dict(one.items("")) == {"policy/a": "1"}
+    for store in (one, other):
+        store.remove("policy/a")
+        store.close()
+
+
 def test_one_of_several_who_freeze_at_once_wins(opened):
     stores, seen = [opened() for _ in range(4)], {}
 
@@ -67,9 +79,9 @@ def test_what_cannot_be_opened_or_reached_says_so(tmp_path):
     with pytest.raises(ConfigError, match="cannot be opened"):
         SqliteDriftStore(tmp_path / "bad")
     with pytest.raises(ConfigError, match="redis_url"):
-        RedisDriftStore("nonsense://x")
+        RedisDriftStore("nonsense://x", "base")
     with pytest.raises(ServiceError, match="Redis"):
-        RedisDriftStore("redis://127.0.0.1:1/0").get("x")
+        RedisDriftStore("redis://127.0.0.1:1/0", "base").get("x")
     store = SqliteDriftStore(tmp_path / "good")
     store._db.execute("PRAGMA user_version = 99")
     store.close()

@@ -26,7 +26,8 @@ from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import load_base
 from manyhats.engine.runner import forward
 from manyhats.engine.stack import DecoderStack, agrees
-from manyhats.types import Digest, Priority
+from manyhats.errors import AdapterRejectedError
+from manyhats.types import AdapterRef, Digest, Priority
 from manyhats_kernels.native.stack import NativeStack
 
 _COMMON = {
@@ -139,8 +140,14 @@ def test_without_tiles_prompts_go_through_the_modules(tmp_path, monkeypatch):
     assert set(longest) == {1}
 
 
-def test_background_prompts_leave_decodes_to_the_stack(tmp_path):
-    """Beside live decodes they are a pass of their own; what comes out is the same."""
+@pytest.mark.parametrize("tiles", [False, True])
+def test_background_prompts_leave_decodes_to_the_stack(tmp_path, monkeypatch, tiles):
+    """Where they do not take it themselves, they are a pass of their own beside live decodes; what
+    comes out is the same.
+    """
+    if tiles and not has_tiles():
+        pytest.skip("this machine has no AMX")
+    monkeypatch.setattr(DecoderStack, "takes_prompts", tiles)
     base = base_of(CONFIGS["llama"], tmp_path)
     rows = [random_adapter("low_rank", base.spec, dtype=base.dtype)]
     live = params(12, ignore_eos=True, logprobs=2)
@@ -166,8 +173,9 @@ def test_background_prompts_leave_decodes_to_the_stack(tmp_path):
         assert [o.error for o in made] == [None] * 4
         outputs[layer_stack] = made
         together = {"live decode", "background prompt"} in passes
-        assert together is not layer_stack
-        assert ({"background prompt"} in passes) is layer_stack
+        apart = layer_stack and not tiles
+        assert together is not apart
+        assert ({"background prompt"} in passes) is apart
     for got, want in zip(outputs[True], outputs[False], strict=True):
         assert got.token_ids == want.token_ids
         # A pass of fewer tokens may sum in another order.
@@ -179,7 +187,7 @@ def scores(entries):
     return [entry.logprob for entry in entries or () if entry is not None]
 
 
-def told(run, passes, items):
+def told(run, passes, items, fast):
     """Runs a pass and notes what was in it."""
     passes.append(
         {
@@ -188,7 +196,7 @@ def told(run, passes, items):
             for item in items
         }
     )
-    return run(items)
+    return run(items, fast)
 
 
 def test_without_adapter_layers(tmp_path):
@@ -283,6 +291,41 @@ def test_an_adapter_that_comes_later_is_seen(tmp_path):
             ]
         outputs[layer_stack] = [[(o.token_ids, o.logprobs) for o in batch] for batch in made]
     assert outputs[True] == outputs[False]
+
+
+def test_the_parity_probe_compares_with_what_the_parts_mean(tmp_path):
+    """Its reference wears the adapter on the modules, which a stack would not see."""
+    base = base_of(CONFIGS["llama"], tmp_path)
+    adapter = random_adapter("low_rank", base.spec, dtype=base.dtype)
+    engine = engine_of(base)
+    assert isinstance(way(engine), DecoderStack)
+    engine.engine.loop._deliver = engine.engine.client._postbox.deliver
+    probe = engine.engine.parity
+    right, wrong = (AdapterRef("new", 1, Digest(f"unregistered-{i}")) for i in range(2))
+    with engine:
+        assert probe.check(right, adapter).agrees
+        probe._unregistered = Holding(probe._unregistered, bare(adapter))
+        with pytest.raises(AdapterRejectedError, match="parity_mismatch"):
+            probe.check(wrong, adapter)
+
+
+def bare(adapter):
+    """The same without effect."""
+    sites = {
+        name: replace(parts, low_rank=replace(parts.low_rank, b=torch.zeros_like(parts.low_rank.b)))
+        for name, parts in adapter.sites.items()
+    }
+    return replace(adapter, sites=sites)
+
+
+class Holding:
+    """Holds another adapter than the one it is told to."""
+
+    def __init__(self, unregistered, adapter):
+        self._unregistered, self._adapter = unregistered, adapter
+
+    def hold(self, adapter):
+        return self._unregistered.hold(replace(self._adapter, digest=adapter.digest))
 
 
 @pytest.mark.parametrize(

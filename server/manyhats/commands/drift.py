@@ -12,7 +12,7 @@ from rich.table import Table
 
 from manyhats.commands.client import Client, adapter_path, add_row, fail, printable, remote
 from manyhats.commands.plot import svg_plot, text_plot
-from manyhats.drift.policy import COOL_DOWN_S, Action
+from manyhats.drift.policy import COOL_DOWN_S, WARN_S, Action
 
 app = typer.Typer(
     help="Watch the adapters of a running server for drift.",
@@ -67,6 +67,9 @@ def policy(
     retire_at: Annotated[
         float, typer.Option(metavar="<unix>", help="When the version is to be replaced.")
     ] = 0.0,
+    warn_s: Annotated[
+        float, typer.Option(metavar="<s>", help="How long before that the log warns of it.")
+    ] = WARN_S,
 ) -> None:
     """Set what is done about an alarm of NAME."""
     body = {
@@ -76,6 +79,7 @@ def policy(
         "cool_down_s": cool_down_s,
         "revalidate_s": revalidate_s,
         "retire_at": retire_at,
+        "warn_s": warn_s,
     }
     answer = client.call("PUT", f"{adapter_path(name)}/drift/policy", json=body)
     client.show(answer, lambda: f"{name}: {_policy(answer['policy'])}")

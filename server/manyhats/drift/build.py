@@ -145,7 +145,8 @@ def _store(settings: Settings, path: Path) -> tuple[DriftStore, str | None]:
         return SqliteDriftStore(path), None
     from manyhats.drift.store_redis import RedisDriftStore  # redis only where it is used
 
-    return RedisDriftStore(settings.redis_url.get_secret_value()), uuid.uuid4().hex
+    url = settings.redis_url.get_secret_value()
+    return RedisDriftStore(url, path.parent.name), uuid.uuid4().hex
 
 
 def _webhook(settings: Settings, metrics: DriftMetrics) -> Webhook | None:

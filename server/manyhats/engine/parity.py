@@ -211,7 +211,8 @@ class ParityCheck:
         try:
             with wearing(self._base.module, self._base.spec, adapter), self._soft(adapter):
                 made = self._runner.run(
-                    Schedule((ScheduledSequence(sequence, 0, count, samples=True),))
+                    Schedule((ScheduledSequence(sequence, 0, count, samples=True),)),
+                    by_modules=True,  # a quicker way would not know what these wear
                 )
             return made.prompts[0].logits[virtual:].float().cpu()
         finally:

@@ -87,26 +87,28 @@ class ModelRunner:
         self._fast = fast
 
     @torch.inference_mode()
-    def run(self, schedule: Schedule) -> StepLogits:
+    def run(self, schedule: Schedule, *, by_modules: bool = False) -> StepLogits:
         """A forward pass over the schedule's tokens; logits in the model's dtype.
 
         Those of a captured step are valid until the next one. Two passes where background prompts
-        would keep live decodes from the quicker way.
+        would keep live decodes from the quicker way. ``by_modules``: by the model's own modules,
+        with whatever somebody has put on them.
         """
-        items = schedule.items
-        live, background = _apart(items) if self._fast is not None else (items, ())
-        first = self._pass(live)
+        items, fast = schedule.items, None if by_modules else self._fast
+        alone = fast is not None and not fast.takes_prompts
+        live, background = _apart(items) if alone else (items, ())
+        first = self._pass(live, fast)
         if not background:
             return first
         kept = first.sampling.clone()  # the second pass may write where it lies
-        second = self._pass(background)
+        second = self._pass(background, fast)
         return StepLogits(
             [*first.sampled, *second.sampled],
             torch.cat([kept, second.sampling]) if second.sampled else kept,
             [*first.prompts, *second.prompts],
         )
 
-    def _pass(self, items: Sequence[ScheduledSequence]) -> StepLogits:
+    def _pass(self, items: Sequence[ScheduledSequence], fast: FastPath | None) -> StepLogits:
         counts = np.fromiter((i.count for i in items), np.int64, len(items))
         starts = np.fromiter((i.start for i in items), np.int64, len(items))
         ends = np.cumsum(counts)
@@ -122,7 +124,6 @@ class ModelRunner:
         decodes = ids.size == len(items) == wanted.size and not prompts
         hidden: list[torch.Tensor] = []
         seen = any(items[index].sequence.background for index, _, _ in prompts)
-        fast = self._fast
         if fast is not None and not (decodes or fast.takes_prompts):
             fast = None
         try:
