@@ -59,10 +59,10 @@ test: $(STAMPS)/dev $(STAMPS)/kernels ## Run the test suite
 test-ray: .venv-ray/.stamp ## Run the tests behind Ray Serve (Ray, 400 MB, gets an environment of its own)
 	@.venv-ray/bin/python -m pytest -W default -o log_cli=true -o log_cli_level=INFO tests/fleet/test_ray_serve.py $(TESTS)
 
-# Its packages lie before those of .venv, which it sees too.
+# Its packages lie before those of .venv, which it sees too, with the checkout that .venv points to.
 .venv-ray/.stamp: pyproject.toml $(STAMPS)/dev
 	@$(BIN)/python -m venv .venv-ray
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  >"$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["ray"])' \
 	  | xargs .venv-ray/bin/python -m pip --disable-pip-version-check install -q $(HUSH)

@@ -131,7 +131,7 @@ class Traffic:
             return
         async for data in sse_data(connection.body()):
             done = data == b"[DONE]"
-            if b'"error"' in data:
+            if not done and "error" in orjson.loads(data):
                 raise ValueError(data.decode()[:200])
             events += not done
             self.tally.events += not done

@@ -17,6 +17,7 @@ from support.random_parts import random_adapter
 
 from manyhats.engine.interface import CompareRequest
 from manyhats.engine.kept import KeptAnswer, RowBudget
+from manyhats.errors import EngineFailedError
 from manyhats.types import (
     DEFAULT_TENANT,
     AdapterRef,
@@ -203,16 +204,33 @@ def test_an_ensemble_keeps_nothing(base, adapters, home):
         assert_at_rest(engine)
 
 
-def test_a_row_that_is_not_finite_gives_the_answer_up():
+def test_a_row_that_is_not_finite_fails_the_comparison_alone():
     """A grammar may leave a token to draw where the largest logit is infinite."""
-    budget = RowBudget(5)
-    kept = KeptAnswer(None, budget)
-    kept.drawn(torch.tensor([[0.5, 1.0]]), 1)
-    kept.drawn(torch.tensor([[0.5, torch.inf]]), 0)
-    kept.drawn(torch.tensor([[0.5, 1.0]]), 1)
-    assert (len(kept), len(budget)) == (0, 5)
-    assert kept.lane(None, [1, 0, 1]) is None
-    assert kept.lane(None, []) is None
+    kept = KeptAnswer(None, RowBudget(5))
+    for best in (1.0, torch.inf, 2.0):
+        kept.drawn(torch.tensor([[0.5, best]]), 0)
+    lane = kept.lane(None, [0, 0, 0])
+    assert lane.catch_up(1)
+    with pytest.raises(EngineFailedError, match="not finite"):
+        lane.catch_up(1)
+
+
+def test_rows_are_looked_at_in_pieces_of_any_size():
+    rows = torch.randn(7, 40, generator=torch.Generator().manual_seed(2))
+    found = []
+    for size in (1, 3, 7, 20):
+        kept = KeptAnswer(None, RowBudget(7))
+        for number, row in enumerate(rows):
+            kept.drawn(row[None], number)
+        lane = kept.lane(None, range(7))
+        while lane.catch_up(size):
+            pass
+        found.append(lane.scores())
+    logp = torch.log_softmax(rows, -1)
+    assert found[0].logprobs == pytest.approx(logp.diagonal().tolist(), abs=1e-5)
+    for scores in found[1:]:
+        assert scores.logprobs == pytest.approx(found[0].logprobs, abs=1e-6)
+        assert scores.top_ids == found[0].top_ids
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40), st.integers(0, 9))

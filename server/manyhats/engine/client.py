@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from manyhats.engine.compare import LaneProbe
@@ -26,6 +27,9 @@ from manyhats.types import GenerationRequest, OutputDelta, Priority, SamplingPar
 
 _COMPARISONS: Final = 4
 """Comparisons at once: each keeps logits while its further lanes run."""
+
+_ROWS_AT_ONCE: Final = 16
+"""Kept logits that are looked at between two steps: some milliseconds on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,10 @@ class AsyncEngine:
         several = len(request.adapters) > 1
         probes = _kept(request)
         async with self._comparing:
+            for probe in probes:
+                look = partial(probe.catch_up, _ROWS_AT_ONCE)
+                while await asyncio.wrap_future(self._loop.between_steps(look)):
+                    pass
             for adapter in request.adapters[len(probes) :]:
                 first = probes[0] if probes else None
                 start = request.answer_start if first is None else request.others_start

@@ -34,7 +34,8 @@ class LaneProbe:
     ``targets``: the tokens that get a score. ``first``: the lane to compare with, None for the
     first one, whose targets are the last ones of this lane; ``keep``: whether further lanes will be
     compared with this one. Called on the step thread, read once the request has ended. A lane that
-    is drawn (``drawn``), not forced, begins without targets and has no mean hidden state.
+    is drawn (``drawn``), not forced, begins without targets, has no mean hidden state, and is
+    looked at later (``catch_up``): nothing of it waits for the device within a live step.
     """
 
     def __init__(
@@ -59,23 +60,36 @@ class LaneProbe:
         self._divergences: list[float] = []
 
     def drawn(self, logits: torch.Tensor, token: int) -> None:
-        """The next row, [1, V], and the token that was drawn of it: see ``rows``."""
+        """The next row, [1, V], which is copied, and the token that was drawn of it."""
         self._targets.append(token)
-        self.rows(logits, None)
+        self._kept.append(logits.clone())
+
+    @torch.inference_mode()
+    def catch_up(self, rows: int) -> bool:
+        """Looks at the next ``rows`` of what was drawn; whether any are left. Raises as ``rows``
+        does.
+        """
+        begin = len(self._logprobs)
+        if begin < len(self._kept):
+            self._look_at(torch.cat(self._kept[begin : begin + rows]))
+        return len(self._logprobs) < len(self._kept)
 
     def rows(self, logits: torch.Tensor, hidden: torch.Tensor | None) -> None:
         """The next rows in order: ``logits`` [R, V] in the model's dtype, ``hidden`` [R, H], what
         the head was given. Raises EngineFailedError where a row has no finite maximum.
         """
-        if not bool(logits.amax(-1).isfinite().all()):
-            raise EngineFailedError(
-                f"the logits of {self._adapter or 'the base'} are not finite: nothing to compare"
-            )
+        self._look_at(logits)
         if self._keep:
             self._kept.append(logits.clone())
         if hidden is not None:
             total = hidden.float().sum(0)
             self._hidden = total if self._hidden is None else self._hidden + total
+
+    def _look_at(self, logits: torch.Tensor) -> None:
+        if not bool(logits.amax(-1).isfinite().all()):
+            raise EngineFailedError(
+                f"the logits of {self._adapter or 'the base'} are not finite: nothing to compare"
+            )
         begin = len(self._logprobs)
         some = max(1, _CACHED // logits.shape[-1]) if logits.device.type == "cpu" else _CHUNK
         for start in range(0, len(logits), some):

@@ -7,17 +7,13 @@ that the budget has no room for is given up, and a comparison then scores it ane
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from manyhats.engine.compare import LaneProbe
-from manyhats.errors import EngineFailedError
 from manyhats.types import AdapterRef
-
-logger = logging.getLogger(__name__)
 
 
 class RowBudget:
@@ -66,22 +62,15 @@ class KeptAnswer:
         if self._rows is None:
             return
         if not self._budget.take():
-            self._give_up()
+            self._rows = None
+            self._budget.give(len(self._tokens))
+            self._tokens.clear()
             return
         self._tokens.append(token)
-        try:
-            self._rows.drawn(logits, token)
-        except EngineFailedError:  # drawn all the same: a grammar or a bias took the bad ones out
-            logger.debug("an answer of %s is not kept", self._adapter, exc_info=True)
-            self._give_up()
+        self._rows.drawn(logits, token)
 
     def lane(self, adapter: AdapterRef | None, answer: Sequence[int]) -> LaneProbe | None:
         """The answer as a comparison's first lane; None where it is not whole, or is another's."""
         if self._adapter != adapter or self._tokens != list(answer):
             return None
         return self._rows
-
-    def _give_up(self) -> None:
-        self._rows = None
-        self._budget.give(len(self._tokens))
-        self._tokens.clear()
