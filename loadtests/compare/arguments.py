@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None, started: datetime) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--targets", type=_names, help="names or peers, comma-separated; default: all")
+    p.add_argument("--targets", type=_names, help="names (vllm*) or peers, comma-separated")
     p.add_argument("--scenarios", type=_scenarios, default=list(SCENARIOS), metavar="NAMES")
     p.add_argument("--rounds", type=int, choices=range(1, 101), metavar="N", default=3)
     p.add_argument("--concurrency", type=_numbers, default=defaults.concurrencies)

@@ -135,6 +135,9 @@ def launch(place: Place, form: str, adapters: Sequence[Path], port: int) -> Laun
     argv = [str(binary(place, "llama-server")), "--model", str(gguf(place, form))]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--parallel", "32", "--no-webui"]
     argv += ["--threads", str(place.threads)]
+    if form != "bf16":
+        # Repacked for AMX, 4-bit weights end this version by a segmentation fault.
+        argv.append("--no-repack")
     # 23 KB a token: what the servers beside it are given, in whole thousands of tokens.
     argv += ["--ctx-size", str(32 * 1024 * place.kv_gib), "--cache-ram", "0"]
     if adapters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from compare import libraries, llama, ours, vllm
 from compare.environments import Recipe, install
@@ -22,17 +23,24 @@ def all_targets(place: Place) -> list[Target]:
 
 
 def chosen(place: Place, names: Sequence[str] | None) -> list[Target]:
-    """Those whose name or peer is named (``ours``: Manyhats' own); all without names.
+    """Those that are named, by wildcards too (``vllm-*``), or whose peer is (``ours``: Manyhats'
+    own); all without names. What is both a target's name and a peer's is the target.
 
     Raises ValueError for a name that is nobody's.
     """
     targets = all_targets(place)
     if names is None:
         return targets
-    known = {t.name for t in targets} | {t.peer or OURS for t in targets}
-    if unknown := sorted(set(names) - known):
-        raise ValueError(f"--targets: unknown {unknown}; known are {sorted(known)}")
-    return [t for t in targets if t.name in names or (t.peer or OURS) in names]
+    known = {t.name for t in targets}
+    peers = {t.peer or OURS for t in targets} - known
+
+    def named(target: Target, name: str) -> bool:
+        own = fnmatchcase(target.name, name)
+        return own or (name in peers and name == (target.peer or OURS))
+
+    if unknown := [name for name in names if not any(named(t, name) for t in targets)]:
+        raise ValueError(f"--targets: unknown {unknown}; known are {sorted(known | peers)}")
+    return [t for t in targets if any(named(t, name) for name in names)]
 
 
 def prepare_files(peer: str, place: Place) -> None:

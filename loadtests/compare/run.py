@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -146,6 +147,7 @@ def tell(args: argparse.Namespace, kept: Kept, options: Options) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for."""
     started = datetime.now(UTC)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no server is left behind
     args = parse(argv, started)
     if args.report is not None:
         return tell(args, Store(args.report).read(), options_of(args, None))

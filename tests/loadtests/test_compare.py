@@ -48,7 +48,7 @@ def line(place: Any, name: str) -> str:
 
 
 def test_vllm_is_started_with_its_libraries_and_settings(place: Any) -> None:
-    (bare,) = peers.chosen(place, ["vllm"])[:1]
+    (bare,) = peers.chosen(place, ["vllm"])
     launch = bare.launch(81)
     assert launch.argv[0] == str(place.peers / "vllm" / "venv" / "bin" / "python")
     assert "--enable-lora" not in launch.argv
@@ -95,7 +95,9 @@ def test_ours_has_homes_of_their_own_and_the_same_cache(place: Any) -> None:
 
 
 def test_targets_are_chosen_by_name_or_peer(place: Any) -> None:
-    assert {t.peer for t in peers.chosen(place, ["vllm"])} == {"vllm"}
+    assert {t.peer for t in peers.chosen(place, ["vllm*"])} == {"vllm"}
+    assert len(peers.chosen(place, ["vllm*"])) > 2
+    assert {t.peer for t in peers.chosen(place, ["llama.cpp"])} == {"llama.cpp"}
     assert [t.name for t in peers.chosen(place, ["peft"])] == ["peft"]
     assert all(not t.peer for t in peers.chosen(place, ["ours"]))
     assert len({t.name for t in peers.chosen(place, None)}) == len(peers.chosen(place, None)) > 12
