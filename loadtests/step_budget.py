@@ -88,8 +88,7 @@ def watch(app: Application, concurrency: int) -> list[dict[str, float]]:
             steps.append({**clock.spent, "rest": whole - sum(clock.spent.values())})
         return ran
 
-    loop._process = counted  # type: ignore[method-assign]
-    loop.step = timed_step  # type: ignore[method-assign]
+    vars(loop).update(_process=counted, step=timed_step)
     return steps
 
 

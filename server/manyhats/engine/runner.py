@@ -128,13 +128,15 @@ class ModelRunner:
             fast = None
         try:
             with _head_input(self._module, hidden) if seen else nullcontext():
-                logits = None
+                logits, planned = None, None
                 if fast is not None:
-                    plans = self._begin(items, counts, starts, wanted, torch.device("cpu"))
+                    planned = torch.device("cpu")
+                    plans = self._begin(items, counts, starts, wanted, planned)
                     if fast.takes(len(items)):
                         logits = fast.run(ids, positions, *plans, wanted)
                 if logits is None:
-                    self._begin(items, counts, starts, wanted, self._device)
+                    if planned != self._device:
+                        self._begin(items, counts, starts, wanted, self._device)
                     logits = forward(
                         self._module,
                         to_device(ids, self._device)[None],
