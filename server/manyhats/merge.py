@@ -10,14 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from manyhats.adapters.compose import compose
-from manyhats.adapters.files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterLimits,
-    read_config_file,
-    read_weights,
-)
+from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
+from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.config import Quantization, Settings
 from manyhats.engine.model.load import BaseModel, load_base, model_source, quiet_libraries

@@ -11,14 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from manyhats.adapters.files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterLimits,
-    read_config_file,
-    read_weights,
-)
+from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
 from manyhats.adapters.formats import compile_adapter
+from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
 from manyhats.adapters.store import AdapterStore
 from manyhats.lifecycle.access import Access

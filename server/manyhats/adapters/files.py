@@ -20,18 +20,15 @@ from typing import Final
 import torch
 
 from manyhats.adapters.header import Header, TensorInfo, parse_header
+from manyhats.adapters.names import (
+    ADAPTERHUB_WEIGHTS_NAME,
+    CONFIG_NAME,
+    HEAD_NAMES,
+    WEIGHTS_NAME,
+)
 from manyhats.adapters.strict_json import parse_object, shown
 from manyhats.config import Settings
 from manyhats.errors import AdapterRejectedError
-
-CONFIG_NAME: Final = "adapter_config.json"
-"""The one name under which a configuration is looked for."""
-
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-"""The name under which weights are looked for first, and kept."""
-
-ADAPTERHUB_WEIGHTS_NAME: Final = "adapter.safetensors"
-"""The name under which AdapterHub's library saves them, looked for where there are no others."""
 
 _PICKLED_NAMES: Final = (
     "adapter_model.bin",
@@ -40,9 +37,6 @@ _PICKLED_NAMES: Final = (
     "pytorch_model.bin",
     "pytorch_adapter.bin",
 )
-_HEAD_NAMES: Final = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
-"""What AdapterHub's library saves of a prediction head, beside an adapter."""
-
 _MAX_CONFIG_DEPTH: Final = 16
 
 
@@ -178,7 +172,7 @@ def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:
 
 
 def _refuse_head(home: Path) -> None:
-    for name in _HEAD_NAMES:
+    for name in HEAD_NAMES:
         if os.path.lexists(home / name):
             raise AdapterRejectedError(
                 "unsupported_feature",

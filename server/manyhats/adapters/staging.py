@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
-from manyhats.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.errors import AdapterRejectedError, ServiceError
 from manyhats.types import Digest
 

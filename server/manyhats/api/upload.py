@@ -11,7 +11,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from manyhats.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.staging import Staging
 from manyhats.api.registration import TEXT_FIELDS
 from manyhats.errors import RequestError

@@ -11,6 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from manyhats.adapters.names import (
+    ADAPTERHUB_WEIGHTS_NAME,
+    CONFIG_NAME,
+    HEAD_NAMES,
+    WEIGHTS_NAME,
+)
 from manyhats.commands import evaluate, fetching, routing
 from manyhats.commands.client import Client, adapter_path, add_row, fail, remote
 from manyhats.commands.fetching import register_from, show_registered
@@ -25,10 +31,6 @@ app = typer.Typer(
 app.add_typer(routing.app)
 app.add_typer(fetching.app)
 evaluate.add_to(app)
-
-_CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter.safetensors")  # PEFT's, AdapterHub's
-_HEAD = "head_config.json"
 
 
 @app.command("register")
@@ -198,12 +200,12 @@ def _files(folder: Path) -> dict[str, Path]:
     """The parts of an upload: what PEFT saved, or AdapterHub's library. Ends the command where that
     saved a prediction head too, which the server would not see.
     """
-    weights = folder / _WEIGHTS[0]
-    if not weights.is_file() and (folder / _WEIGHTS[1]).is_file():
-        weights = folder / _WEIGHTS[1]
-        if (folder / _HEAD).exists():
-            fail(f"{folder} has {_HEAD}: a prediction head is not served; save with_head=False")
-    return {"config": folder / _CONFIG, "weights": weights}
+    weights, hub = folder / WEIGHTS_NAME, folder / ADAPTERHUB_WEIGHTS_NAME
+    if not weights.is_file() and hub.is_file():
+        weights = hub
+        if head := next((name for name in HEAD_NAMES if (folder / name).exists()), None):
+            fail(f"{folder} has {head}: a prediction head is not served; save with_head=False")
+    return {"config": folder / CONFIG_NAME, "weights": weights}
 
 
 def _place(resident: Mapping[str, Any] | None) -> str:

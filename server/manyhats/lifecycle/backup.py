@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from manyhats.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.store import AdapterStore
 from manyhats.errors import AdapterLoadError, ConfigError, ServiceError
 from manyhats.lifecycle.audit import AuditEntry, broken_link

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from manyhats.adapters.files import ADAPTERHUB_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME
+from manyhats.adapters.names import ADAPTERHUB_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.sources.address import WEB_SCHEMES, AllowList, HubSource, Source, UrlSource
 from manyhats.adapters.sources.hub import fetch_hub
 from manyhats.adapters.sources.partial import PartialFile, check_digest

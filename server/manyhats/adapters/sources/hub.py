@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from manyhats.adapters.files import ADAPTERHUB_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME
+from manyhats.adapters.names import ADAPTERHUB_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.sources.address import HubSource
 from manyhats.adapters.sources.progress import Progress
 from manyhats.errors import AdapterRejectedError, ServiceError
