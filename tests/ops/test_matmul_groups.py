@@ -10,7 +10,7 @@ from manyhats_kernels.backend import SiteRows
 from manyhats_kernels.batch import AdapterBatch
 from manyhats_kernels.fourbit import FourBitWeight
 from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
-from manyhats_kernels.native.backend import DOTS_ROWS
+from manyhats_kernels.native.products import DOTS_ROWS
 
 SHAPES = [(32, 64), (1, 64), (40, 128), (97, 192), (98, 64), (576, 192), (64, 1536)]
 TOKENS = [1, 2, 3, 4, 15, 16, 17, 32, 33, 49, DOTS_ROWS + 6]

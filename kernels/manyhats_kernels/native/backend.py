@@ -10,21 +10,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from manyhats_kernels import reference_4bit
 from manyhats_kernels.backend import (
     SiteRows,
     check_attention,
     check_bias,
     check_lora,
-    check_run,
     check_store,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.cpu import attend_sequence
-from manyhats_kernels.fourbit import FourBitWeight, check_matmul_4bit
-from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
+from manyhats_kernels.groups import SiteGroup, SiteWeights
 from manyhats_kernels.native.build import build, load
 from manyhats_kernels.native.dense import NativeDense
 from manyhats_kernels.native.parts import (
@@ -33,11 +29,9 @@ from manyhats_kernels.native.parts import (
     NativeParts,
     check_memory,
 )
+from manyhats_kernels.native.products import NativeProducts, check_segments
 from manyhats_kernels.native.stack import NativeStack
 from manyhats_kernels.stack import MAX_HEAD_DIM
-
-DOTS_ROWS = 64
-"""Rows up to which the product with 4-bit weights by dot products beats unpacking and oneDNN."""
 
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
@@ -48,21 +42,18 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         _L,
         [*[_I] * 3, _P, _P, _L, _L, _P, _P, *[_L] * 4, *[_P] * 3, *[_L] * 3, _F, _L, _F],
     ),
-    "mh_unpack4": (None, [_I, _P, _P, _P, _P, _L, _L, _L]),
-    "mh_matmul": (_L, [_I, _I, _P, _L, _P, _L, _L, _L]),
-    "mh_project": (_L, [_I, _I, _P, _P, _L, _P, _L, _L, _L, _P, _P, _P, _L]),
     "mh_amx": (_I, []),
 }
 
 
-class NativeBackend(NativeParts, NativeDense, NativeStack):
+class NativeBackend(NativeProducts, NativeParts, NativeDense, NativeStack):
     """C kernels on the CPU; see :class:`manyhats_kernels.backend.Backend`.
 
     Everything is summed in fp32 and rounded once, and a token's result has the same bits whoever
-    shares the batch; only attention of long prompts (more than :data:`PREFILL_QUERIES` new tokens),
-    on AMX tiles or by PyTorch, rounds its probabilities to the storage type as PyTorch does. Calls
-    release the GIL and run on ``torch.get_num_threads()`` threads of the OpenMP pool that PyTorch
-    uses.
+    shares the batch, but for what :meth:`matmul_lora_group` says. Attention of long prompts (more
+    than :data:`PREFILL_QUERIES` new tokens), on AMX tiles or by PyTorch, rounds its probabilities
+    to the storage type as PyTorch does. Calls release the GIL and run on
+    ``torch.get_num_threads()`` threads of the OpenMP pool that PyTorch uses.
     """
 
     name = "native"
@@ -76,10 +67,8 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
         self._bias_add = library.mh_bias_add
         self._store_kv = library.mh_store_kv
         self._attention = library.mh_attention
-        self._unpack4 = library.mh_unpack4
-        self._matmul = library.mh_matmul
-        self._project = library.mh_project
         self._amx = library.mh_amx()
+        NativeProducts.__init__(self, library)
         NativeParts.__init__(self, library)
         NativeDense.__init__(self, library)
         NativeStack.__init__(self, library)
@@ -128,7 +117,7 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
             offsets,
             len(segments),
         )
-        _check_segments(failed, group, batch)
+        check_segments(failed, group, batch)
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`."""
@@ -236,126 +225,3 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
                         out, q, k_cache, v_cache, batch, sequence, scale, sliding_window, soft_cap
                     )
         return out
-
-    def dequantize_4bit(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-        """See :meth:`FourBit.dequantize_4bit`; bf16 is unpacked in C, the rest by PyTorch."""
-        if dtype != torch.bfloat16 or not _in_runs(weight):
-            return reference_4bit.dequantize_4bit(weight, dtype)
-        out = torch.empty(weight.shape, dtype=dtype)
-        self._unpack4(
-            torch.get_num_threads(),
-            out.data_ptr(),
-            weight.packed.data_ptr(),
-            weight.absmax.data_ptr(),
-            weight.code.data_ptr(),
-            *weight.shape,
-            weight.blocksize,
-        )
-        return out
-
-    def matmul_4bit(self, x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
-        """See :meth:`FourBit.matmul_4bit`.
-
-        What :meth:`takes` takes is read at 4 bits, on AMX tiles where the machine has them.
-        Whatever else is dequantized and multiplied by PyTorch; so are more than :data:`DOTS_ROWS`
-        rows on a machine without AMX.
-        """
-        check_matmul_4bit(x, weight, bias)
-        here = x.dtype == torch.bfloat16 and self.takes(weight)
-        if not here or not (self._amx or x.shape[0] <= DOTS_ROWS):
-            return functional.linear(x, self.dequantize_4bit(weight, x.dtype), bias)
-        return self.matmul_group(x, MatrixGroup([weight], [bias]))[0]
-
-    def takes(self, weight: FourBitWeight | DenseWeight) -> bool:
-        """4 bits with plain scales, none shared by two rows or half a run; bf16 on AMX alone."""
-        if isinstance(weight, DenseWeight):
-            return bool(self._amx) and weight.shape[1] % 64 == 0 and weight.weight.is_cpu
-        return _in_runs(weight)
-
-    def matmul_group(self, x: Tensor, group: MatrixGroup) -> list[Tensor]:
-        """See :meth:`GroupedMatmul.matmul_group`: one call, one parallel region."""
-        _check_products(x, group)
-        if not self._amx and x.shape[0] > DOTS_ROWS:
-            return [
-                functional.linear(x, self.dequantize_4bit(w, x.dtype), bias)
-                for w, bias in zip(group.weights, group.biases, strict=True)
-                if isinstance(w, FourBitWeight)
-            ]
-        ys = group.outputs(x.shape[0])
-        if x.shape[0]:
-            failed = self._matmul(
-                torch.get_num_threads(),
-                self._amx,
-                group.descriptor_for(ys),
-                len(ys),
-                x.data_ptr(),
-                x.stride(0),
-                *x.shape,
-            )
-            check_memory(failed)
-        return ys
-
-    def matmul_lora_group(
-        self, x: Tensor, group: MatrixGroup, sites: SiteGroup, batch: AdapterBatch
-    ) -> list[Tensor]:
-        """See :meth:`GroupedMatmul.matmul_lora_group`.
-
-        On AMX tiles the low-rank product of a segment of 32 tokens or more is summed with the
-        base's before either is rounded; in all else the bits are those of :meth:`matmul_group` and
-        then :meth:`lora_add_group`.
-        """
-        if not self._amx or not batch.segments:
-            ys = self.matmul_group(x, group)
-            self.lora_add_group(ys, x, sites, batch)
-            return ys
-        _check_products(x, group)
-        ys = group.outputs(x.shape[0])
-        sites.check(ys, x, batch.num_tokens, batch.num_slots)
-        failed = self._project(
-            torch.get_num_threads(),
-            self._amx,
-            group.descriptor_for(ys),
-            sites.descriptor_for(ys),
-            len(ys),
-            x.data_ptr(),
-            x.stride(0),
-            *x.shape,
-            *batch.pointers,
-            len(batch.segments),
-        )
-        _check_segments(failed, sites, batch)
-        return ys
-
-
-def _check_products(x: Tensor, group: MatrixGroup) -> None:
-    if (
-        x.dtype != torch.bfloat16
-        or x.ndim != 2
-        or x.shape[1] != group.in_features
-        or (x.shape[1] > 1 and x.stride(1) != 1)
-    ):
-        raise ValueError(
-            f"x must be [T, {group.in_features}] of bf16 with contiguous rows, got "
-            f"{tuple(x.shape)} {x.dtype}"
-        )
-
-
-def _check_segments(failed: int, group: SiteGroup, batch: AdapterBatch) -> None:
-    """Raises what an entry point of low-rank products reported, where it did."""
-    if not failed:
-        return
-    check_memory(failed)
-    site, segment = divmod(failed - 1, len(batch.segments))
-    slot, weights = batch.worn[segment], group.sites[site]
-    rows = weights.rows
-    check_run(slot, int(rows.start[slot]), int(rows.count[slot]), weights.a.shape[0])
-
-
-def _in_runs(weight: FourBitWeight) -> bool:
-    """Whether the C code takes the weight: plain scales, none shared by two rows or half a run."""
-    return (
-        weight.nested is None
-        and weight.blocksize % 64 == 0
-        and weight.shape[1] % weight.blocksize == 0
-        and weight.packed.device.type == "cpu"
-    )
