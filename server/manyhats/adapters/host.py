@@ -115,6 +115,33 @@ class HostCache:
             if (entry := self._entries.get(digest)) is not None:
                 self._detach(digest, entry)
 
+    def put(self, digest: Digest, adapter: CompiledAdapter) -> None:
+        """Keep an adapter that comes back from the device, where there is room without waiting.
+
+        Nothing changes where it is here, is on its way, or would need room that holds take.
+        """
+        evicted: list[Digest] = []
+        nbytes = adapter.nbytes
+        with self._changed:
+            held = sum(e.nbytes for e in self._entries.values() if e.holds)
+            detached = self._used - sum(e.nbytes for e in self._entries.values())
+            known = digest in self._entries or digest in self._loads
+            if known or held + detached + nbytes > self._capacity:
+                return
+            self._make_room(nbytes, evicted)
+            self._entries[digest] = _Entry(adapter, nbytes)
+            self._used += nbytes
+        self._tell(evicted)
+
+    def replace(self, digest: Digest, equal: Callable[[CompiledAdapter], CompiledAdapter]) -> None:
+        """Put ``equal`` of an adapter in its place: the same, in other memory. Those who have the
+        old one keep it. Nothing happens where it is not here.
+        """
+        with self._changed:
+            entry = self._entries.get(digest)
+        if entry is not None:
+            entry.adapter = equal(entry.adapter)
+
     def _acquire(
         self,
         digest: Digest,
@@ -150,6 +177,9 @@ class HostCache:
             load.future.set_exception(exc)
             if not isinstance(exc, Exception):
                 raise
+        self._tell(evicted)
+
+    def _tell(self, evicted: list[Digest]) -> None:
         if self._on_evict is not None:
             for victim in evicted:
                 self._on_evict(victim)
