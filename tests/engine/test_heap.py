@@ -8,7 +8,10 @@ import sys
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from manyhats.engine import heap
 from manyhats.engine.heap import give_back
 
 MIB = 1 << 20
@@ -29,6 +32,20 @@ def test_free_memory_below_what_is_in_use_goes_back():
     assert give_back()
     assert before - psutil.Process().memory_info().rss > 48 * MIB
     libc.free(pieces[-1])
+
+
+@given(st.lists(st.integers(0, 50), max_size=40))
+def test_it_is_given_back_once_for_so_many_bytes(sizes):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heap, "give_back", lambda: calls.append(None))
+        trimmer, since = heap.Trimmer(100), 0
+        for size in sizes:
+            before = len(calls)
+            trimmer.loaded(size)
+            since += size
+            assert len(calls) - before == (since >= 100)
+            since = 0 if since >= 100 else since
 
 
 @pytest.mark.parametrize("system", ["darwin", "linux"])

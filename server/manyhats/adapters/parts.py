@@ -7,6 +7,7 @@ dotted name). The engine and the kernels know only these parts, so families mix 
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Final
@@ -224,9 +225,15 @@ def _tensors(part: object) -> Iterator[torch.Tensor]:
     elif isinstance(part, tuple):
         for item in part:
             yield from _tensors(item)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for item in fields(part):
-            yield from _tensors(getattr(part, item.name))
+    elif part is not None:
+        for name in field_names(type(part)):
+            yield from _tensors(getattr(part, name))
+
+
+@functools.cache
+def field_names(kind: type) -> tuple[str, ...]:
+    """The fields of a kind of part; none of what is no part, but a value."""
+    return tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
 
 
 @dataclass(frozen=True, slots=True)

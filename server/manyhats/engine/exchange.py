@@ -14,6 +14,7 @@ from functools import partial
 
 from manyhats.adapters.compact import compact
 from manyhats.adapters.host import HostCache
+from manyhats.engine.heap import Trimmer
 from manyhats.engine.pool import AdapterPool
 from manyhats.types import Digest
 
@@ -34,6 +35,7 @@ class Exchange:
         self._host = host
         self._post = post
         self._leaving: set[Digest] = set()
+        self._heap = Trimmer()
 
     def leaving(self, digest: Digest) -> None:
         """A ``take_back`` of the adapter is about to be asked for."""
@@ -46,7 +48,7 @@ class Exchange:
     def placed(self, digest: Digest, slot: int) -> None:
         """The adapter has been written to the slot, and nobody holds it any longer."""
         if self._pool.holds_all(slot):
-            self._host.drop(digest)
+            self._heap.loaded(self._host.drop(digest))
         else:
             self.pack(digest)
 
@@ -65,7 +67,7 @@ class Exchange:
     def pack(self, digest: Digest) -> None:
         """Brings an adapter of the host tier to its compact form."""
         try:
-            self._host.replace(digest, compact)
+            self._heap.loaded(self._host.replace(digest, compact))
         except (OSError, MemoryError) as error:
             logger.warning("adapter %s stays as it was loaded: %s", digest, error)
 
