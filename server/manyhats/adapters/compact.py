@@ -44,7 +44,7 @@ def compact(adapter: CompiledAdapter) -> CompiledAdapter:
             continue
         flat = torch.frombuffer(memory, dtype=dtype, count=sizes[dtype], offset=begin)
         torch.cat([t.reshape(-1) for t in group], out=flat)
-        pieces = flat.split([t.numel() for t in group])
+        pieces = flat.split_with_sizes([t.numel() for t in group])
         copies |= {id(t): p.view(t.shape) for t, p in zip(group, pieces, strict=True)}
         begin += _aligned(flat.nbytes)
     return replace(

@@ -7,7 +7,6 @@ dotted name). The engine and the kernels know only these parts, so families mix 
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Final
@@ -230,10 +229,16 @@ def _tensors(part: object) -> Iterator[torch.Tensor]:
             yield from _tensors(getattr(part, name))
 
 
-@functools.cache
 def field_names(kind: type) -> tuple[str, ...]:
     """The fields of a kind of part; none of what is no part, but a value."""
-    return tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
+    names = _FIELDS.get(kind)
+    if names is None:
+        found = tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
+        names = _FIELDS[kind] = found
+    return names
+
+
+_FIELDS: dict[type, tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)
