@@ -43,6 +43,7 @@ from manyhats.api.state import ApiState
 from manyhats.config import Settings
 from manyhats.engine.build import Engine, build_engine
 from manyhats.engine.device_memory import device_memory
+from manyhats.engine.heap import give_back
 from manyhats.engine.kernels import resolve_kernels
 from manyhats.engine.model.load import BaseModel, load_base, quiet_libraries, resolve_device
 from manyhats.engine.model.spec import site_modules
@@ -306,6 +307,7 @@ async def _lifespan(
     torch.set_num_threads(1)  # for every other thread; the step thread has set its own
     gc.collect()
     gc.freeze()  # what is there by now stays: no collection need look at it again
+    give_back()
     try:
         async with services.running(), state.readiness.proving(engine.client), warmed():
             yield

@@ -154,7 +154,7 @@ class Settings(ModelSettings):
         default=None,
         ge=1,
         description="KV cache, MiB; default: 80 % of the GPU's free memory, on a CPU a quarter of "
-        "the machine's, at most 4096.",
+        "the machine's, at most 4096, which it takes as blocks are used.",
     )
     kv_cache_blocks: int | None = Field(
         default=None, ge=1, description="KV cache, blocks; takes the place of kv_cache_mb."

@@ -256,9 +256,55 @@ def test_drop_while_loading_for_a_hold_counts_until_it_ends(disk, pool):
     assert (A in cache, cache.bytes_used) == (False, 0)
 
 
+def test_what_is_put_makes_room_among_what_nobody_holds(disk):
+    evicted = []
+    cache = HostCache(100, disk.load, evicted.append)
+    cache.get(A)
+    with cache.hold(B):
+        cache.put(C, adapter(C, 50))
+        assert evicted == [A]
+        assert (C in cache, cache.bytes_used) == (True, 90)
+        cache.put(A, adapter(A, 61))  # beside B that would be too much
+        assert (A in cache, C in cache, cache.bytes_used) == (False, True, 90)
+        cache.put(D, adapter(D, 101))
+        cache.drop(B)
+        cache.put(A, adapter(A, 61))  # B's bytes count until the hold ends
+        assert (A in cache, C in cache, cache.bytes_used) == (False, True, 90)
+    cache.put(A, adapter(A, 50))
+    assert (A in cache, C in cache, cache.bytes_used) == (True, True, 100)
+    assert cache.get(A).nbytes == 50
+    assert evicted == [A]
+    assert disk.loads == {A: 1, B: 1}
+
+
+def test_what_is_here_or_on_its_way_is_not_put(disk, pool):
+    cache = HostCache(100, disk.load)
+    first = cache.get(A)
+    cache.put(A, adapter(A, 40))
+    assert cache.get(A) is first
+    disk.gate, disk.reached = threading.Event(), threading.Event()
+    loading = pool.submit(cache.get, B)
+    assert disk.reached.wait(WAIT_S)
+    cache.put(B, adapter(B, 60))
+    assert (B in cache, cache.bytes_used) == (False, 40)
+    disk.gate.set()
+    assert loading.result(WAIT_S).nbytes == 40
+
+
+def test_an_equal_adapter_takes_the_others_place(disk):
+    cache = HostCache(100, disk.load)
+    other = adapter(A, 40)
+    with cache.hold(A) as held:
+        cache.replace(A, lambda _: other)
+        assert held is not other
+    assert cache.get(A) is other
+    cache.replace(B, lambda _: pytest.fail("B is not here"))
+    assert (disk.loads[A], cache.bytes_used, B in cache) == (1, 40, False)
+
+
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=6),
-    calls=st.lists(st.tuples(st.sampled_from("ghd"), st.integers(0, 5)), max_size=60),
+    calls=st.lists(st.tuples(st.sampled_from("ghdp"), st.integers(0, 5)), max_size=60),
 )
 def test_it_is_an_lru_by_bytes(sizes, calls):
     """Against the plainest model: a list of (digest, bytes), oldest first."""
@@ -274,13 +320,17 @@ def test_it_is_an_lru_by_bytes(sizes, calls):
         if call == "d":
             cache.drop(digest)
             model = [d for d in model if d != digest]
+        elif call == "p" and digest in model:
+            cache.put(digest, adapter(digest, disk.sizes[digest]))  # stays where it is in the line
         else:
             if digest in model:
                 model.remove(digest)
             while sum(disk.sizes[d] for d in model) + disk.sizes[digest] > capacity:
                 expected.append(model.pop(0))
             model.append(digest)
-            if call == "g":
+            if call == "p":
+                cache.put(digest, adapter(digest, disk.sizes[digest]))
+            elif call == "g":
                 assert cache.get(digest).digest == digest
             else:
                 with cache.hold(digest) as held:

@@ -236,6 +236,62 @@ class Live:
 Content = tuple[str | None, str, tuple[int, ...]]
 
 
+def frugal(num_blocks: int, idle: int) -> BlockManager:
+    return BlockManager(num_blocks, 4, prefix_cache=True, base_digest="base", idle_blocks=idle)
+
+
+def one_after_the_other(blocks: BlockManager, first: int, count: int) -> list[int]:
+    """Prompts of two blocks each, all different; how many of their tokens were cached."""
+    found = []
+    for number in range(first, first + count):
+        seq = make_seq([number] * 8 + [0])
+        found.append(run(blocks, seq))
+        blocks.free(seq)
+    return found
+
+
+def test_unused_blocks_are_left_alone_while_enough_lie_idle() -> None:
+    blocks = frugal(40, 4)
+    one_after_the_other(blocks, 0, 30)
+    # Three held at a time, and up to four with content beside them.
+    assert blocks.num_touched <= 7
+    assert one_after_the_other(blocks, 28, 2) == [8, 8]
+    blocks.check_invariants()
+
+
+def test_without_the_bound_every_block_is_used_before_content_gives_way() -> None:
+    blocks = manager(40)
+    one_after_the_other(blocks, 0, 15)
+    assert one_after_the_other(blocks, 0, 15) == [8] * 15
+    one_after_the_other(blocks, 15, 30)
+    assert blocks.num_touched == 40
+
+
+def test_prompts_that_come_back_are_soon_all_kept() -> None:
+    blocks = frugal(40, 2)
+    rounds = [one_after_the_other(blocks, 0, 12) for _ in range(8)]
+    assert rounds[0] == [0] * 12
+    assert rounds[-1] == [8] * 12
+    assert blocks.num_touched < 40
+    blocks.check_invariants()
+
+
+def test_all_blocks_can_be_held_whatever_lies_idle() -> None:
+    blocks = frugal(8, 1)
+    one_after_the_other(blocks, 0, 3)
+    seq = make_seq(list(range(32)))
+    assert blocks.allocate(seq, 32)
+    assert (blocks.num_free, blocks.num_touched) == (0, 8)
+    assert not blocks.allocate(make_seq([1]), 1)
+    blocks.free(seq)
+    assert blocks.num_free == 8
+
+
+def test_no_idle_block_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="idle_blocks must be at least 1, not 0"):
+        frugal(8, 0)
+
+
 class Lives(RuleBasedStateMachine):
     """Sequences over two tokens, so that prefixes meet all the time.
 
@@ -244,10 +300,13 @@ class Lives(RuleBasedStateMachine):
     """
 
     SIZE = 3
+    IDLE: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockManager(9, self.SIZE, prefix_cache=True, base_digest="base")
+        self.blocks = BlockManager(
+            9, self.SIZE, prefix_cache=True, base_digest="base", idle_blocks=self.IDLE
+        )
         self.live: list[Live] = []
         self.content: dict[int, Content] = {}
         self.known: dict[Content, int] = {}
@@ -294,7 +353,7 @@ class Lives(RuleBasedStateMachine):
         before, free = list(one.seq.block_ids), self.blocks.num_free
         missing = -(-upto // self.SIZE) - len(before)
         fits = missing <= free
-        held = self.held()
+        held, touched = self.held(), self.blocks.num_touched
         assert self.blocks.allocate(one.seq, upto) == fits
         if not fits:
             assert one.seq.block_ids == before
@@ -302,6 +361,8 @@ class Lives(RuleBasedStateMachine):
             return
         added = one.seq.block_ids[len(before) :]
         assert len(added) == max(0, missing)
+        assert self.blocks.num_touched >= touched
+        assert all(block < self.blocks.num_touched for block in added)
         assert not set(added) & held
         self.known = {c: b for c, b in self.known.items() if b not in added}
         for position in range(one.computed, upto):
@@ -355,3 +416,13 @@ class Lives(RuleBasedStateMachine):
 
 Lives.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestLives = Lives.TestCase
+
+
+class FrugalLives(Lives):
+    """The same promises where unused blocks are left alone."""
+
+    IDLE = 1
+
+
+FrugalLives.TestCase.settings = Lives.TestCase.settings
+TestFrugalLives = FrugalLives.TestCase

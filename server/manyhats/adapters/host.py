@@ -107,13 +107,47 @@ class HostCache:
                     self._used -= entry.nbytes
                 self._changed.notify_all()
 
-    def drop(self, digest: Digest) -> None:
-        """Forget an adapter: the next call loads it anew, its bytes go with the last hold."""
+    def drop(self, digest: Digest) -> int:
+        """Forget an adapter: the next call loads it anew, its bytes go with the last hold. Returns
+        how many these are.
+        """
         with self._changed:
             if (load := self._loads.pop(digest, None)) is not None:
                 load.dropped = True
-            if (entry := self._entries.get(digest)) is not None:
-                self._detach(digest, entry)
+            entry = self._entries.get(digest)
+            if entry is None:
+                return 0
+            self._detach(digest, entry)
+            return entry.nbytes
+
+    def put(self, digest: Digest, adapter: CompiledAdapter) -> None:
+        """Keep an adapter that comes back from the device, where there is room without waiting.
+
+        Nothing changes where it is here, is on its way, or would need room that holds take.
+        """
+        evicted: list[Digest] = []
+        nbytes = adapter.nbytes
+        with self._changed:
+            held = sum(e.nbytes for e in self._entries.values() if e.holds)
+            detached = self._used - sum(e.nbytes for e in self._entries.values())
+            known = digest in self._entries or digest in self._loads
+            if known or held + detached + nbytes > self._capacity:
+                return
+            self._make_room(nbytes, evicted)
+            self._entries[digest] = _Entry(adapter, nbytes)
+            self._used += nbytes
+        self._tell(evicted)
+
+    def replace(self, digest: Digest, equal: Callable[[CompiledAdapter], CompiledAdapter]) -> int:
+        """Put ``equal`` of an adapter in its place: the same, in other memory. Those who have the
+        old one keep it. Returns its bytes, 0 where it is not here and nothing happens.
+        """
+        with self._changed:
+            entry = self._entries.get(digest)
+        if entry is None:
+            return 0
+        entry.adapter = equal(entry.adapter)
+        return entry.nbytes
 
     def _acquire(
         self,
@@ -150,6 +184,9 @@ class HostCache:
             load.future.set_exception(exc)
             if not isinstance(exc, Exception):
                 raise
+        self._tell(evicted)
+
+    def _tell(self, evicted: list[Digest]) -> None:
         if self._on_evict is not None:
             for victim in evicted:
                 self._on_evict(victim)

@@ -224,9 +224,21 @@ def _tensors(part: object) -> Iterator[torch.Tensor]:
     elif isinstance(part, tuple):
         for item in part:
             yield from _tensors(item)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for item in fields(part):
-            yield from _tensors(getattr(part, item.name))
+    elif part is not None:
+        for name in field_names(type(part)):
+            yield from _tensors(getattr(part, name))
+
+
+def field_names(kind: type) -> tuple[str, ...]:
+    """The fields of a kind of part; none of what is no part, but a value."""
+    names = _FIELDS.get(kind)
+    if names is None:
+        found = tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
+        names = _FIELDS[kind] = found
+    return names
+
+
+_FIELDS: dict[type, tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,13 @@ from manyhats.engine.graphs import CudaCapture, DecodeGraphs, GraphShape
 from manyhats.engine.hooks import unhook
 from manyhats.engine.interface import EngineObserver, EngineStats, ModelInfo
 from manyhats.engine.kernels import check_rank
-from manyhats.engine.kv_cache import allocate, bytes_per_token, choose_num_blocks
+from manyhats.engine.kv_cache import (
+    allocate,
+    bytes_per_token,
+    choose_num_blocks,
+    idle_blocks,
+    report,
+)
 from manyhats.engine.launches import LaunchTable
 from manyhats.engine.layers import install
 from manyhats.engine.loop import Deliver, EngineLoop
@@ -205,17 +211,13 @@ def _allocate_cache(
         state=state,
     )
     per_block = bytes_per_token(shapes, base.dtype) * settings.block_size
-    logger.info(
-        "KV cache: %d blocks of %d tokens, %.0f MiB",
-        num_blocks,
-        settings.block_size,
-        num_blocks * per_block / 2**20,
-    )
+    report(num_blocks, settings.block_size, per_block, base.device)
     return BlockManager(
         num_blocks,
         settings.block_size,
         prefix_cache=settings.prefix_cache,
         base_digest=base.spec.digest,
+        idle_blocks=idle_blocks(num_blocks, base.device),
     )
 
 

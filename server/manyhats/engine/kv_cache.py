@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import psutil
@@ -16,6 +17,10 @@ from manyhats_kernels import Backend
 _CPU_SHARE = 0.25
 _CPU_CAP_BYTES = 4 << 30
 _CUDA_SHARE = 0.8
+_CPU_IDLE_SHARE = 8
+"""Of so many blocks one may lie idle with content at first; see ``BlockManager``."""
+
+logger = logging.getLogger(__name__)
 
 
 def bytes_per_token(shapes: Sequence[AttentionShape], dtype: torch.dtype) -> int:
@@ -57,6 +62,34 @@ def choose_num_blocks(
     else:
         budget = min(int(psutil.virtual_memory().available * _CPU_SHARE), _CPU_CAP_BYTES)
     return max(1, min(budget // per_block, useful))
+
+
+def idle_blocks(num_blocks: int, device: torch.device) -> int | None:
+    """``BlockManager``'s argument: on a CPU a block's memory is resident from its first use on."""
+    return max(1, num_blocks // _CPU_IDLE_SHARE) if device.type == "cpu" else None
+
+
+def report(num_blocks: int, block_size: int, block_bytes: int, device: torch.device) -> None:
+    """Logs the cache's size, and warns where a CPU has less memory free than that: what is
+    reserved there is only taken as blocks are used, so it would be missing later.
+    """
+    size = num_blocks * block_bytes
+    on_cpu = device.type == "cpu"
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %.0f MiB%s",
+        num_blocks,
+        block_size,
+        size / 2**20,
+        ", resident as they are used" if on_cpu else "",
+    )
+    available = psutil.virtual_memory().available
+    if on_cpu and size > available:
+        logger.warning(
+            "the KV cache may take %.0f MiB and only %.0f are free: the system may end the server "
+            "when it fills; lower kv_cache_mb",
+            size / 2**20,
+            available / 2**20,
+        )
 
 
 def allocate(

@@ -9,10 +9,11 @@ Who sits where is decided by ``adapters.slots.SlotTable``; this file only holds 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from manyhats.adapters.parts import CompiledAdapter, SiteKind, SiteParts, SiteSpec
+from manyhats.adapters.parts import CompiledAdapter, LowRank, SiteKind, SiteParts, SiteSpec
 from manyhats.engine.launches import LaunchTable
 from manyhats.engine.parts.embedding import EmbeddingSite
 from manyhats.engine.parts.linear import LinearExtras
@@ -80,6 +81,12 @@ class SitePool:
             self._rows.count[slot] = low_rank.rank
             self._row_slots |= 1 << slot
         self.extras.write(slot, parts)
+
+    def read(self, slot: int) -> SiteParts:
+        """What the slot has here, of its rank rows alone; views, until another has the rows."""
+        start = int(self._rows.start[slot])
+        stop = start + int(self._rows.count[slot])
+        return SiteParts(LowRank(self._a[start:stop], self._b[start:stop]))
 
     def clear(self, slot: int) -> None:
         """See ``Site.clear``."""
@@ -197,6 +204,8 @@ class AdapterPool:
         paged = [site for site in self.sites if site.spec.kind in _PAGED]
         self._place = {site.spec.name: i for i, site in enumerate(paged)}
         self._sites_of_slot = [0] * slots
+        self._outlines: list[CompiledAdapter | None] = [None] * slots  # without their tensors
+        self._on_cpu = device.type == "cpu"
         self._others = 0  # bitmask of the slots that do more than multiply at linear layers
         self.launches = LaunchTable(slots)
         self._version = 0
@@ -255,8 +264,9 @@ class AdapterPool:
         """
         self.clear(slot)
         used = 0
+        products = all(self._is_product(name, parts) for name, parts in adapter.sites.items())
         try:
-            if not all(self._is_product(name, parts) for name, parts in adapter.sites.items()):
+            if not products:
                 self._others |= 1 << slot
             self.launches.write(
                 slot, {name: self._site(name).launches(p) for name, p in adapter.sites.items()}
@@ -269,12 +279,34 @@ class AdapterPool:
         except BaseException:
             self.clear(slot)
             raise
+        if products and self._on_cpu:
+            named = (n for n, parts in adapter.sites.items() if parts.low_rank is not None)
+            self._outlines[slot] = replace(adapter, sites=dict.fromkeys(named, SiteParts()))
         self._version += 1
+
+    def holds_all(self, slot: int) -> bool:
+        """Whether a slot's adapter can be read back: all of it is rank rows of linear layers, in
+        the host's own memory.
+        """
+        return self._outlines[slot] is not None
+
+    def read(self, slot: int) -> CompiledAdapter | None:
+        """A slot's adapter again, or None without ``holds_all``. Its tensors are views of the rows,
+        good until these are another's. Called beside the step loop, as ``write`` is.
+        """
+        outline = self._outlines[slot]
+        if outline is None:
+            return None
+        read = {n: self.sites[self._index[n]] for n in outline.sites}
+        return replace(
+            outline, sites={n: s.read(slot) for n, s in read.items() if isinstance(s, SitePool)}
+        )
 
     def clear(self, slot: int) -> None:
         """Forgets a slot's adapter. Its rows stay until overwritten, and nothing reads them."""
         used = self._sites_of_slot[slot]
         self._sites_of_slot[slot] = 0
+        self._outlines[slot] = None
         for index, site in enumerate(self.sites):
             if used >> index & 1:
                 site.clear(slot)

@@ -10,20 +10,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-
-import torch
 
 from manyhats.adapters.compose import compose
 from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.host import HostCache
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.slots import Acquired, Present, SlotTable, StartLoad, Wait
+from manyhats.engine.exchange import Exchange
 from manyhats.engine.interface import EngineObserver, ResidentAdapter
 from manyhats.engine.load_errors import as_load_error, check_virtual_tokens
+from manyhats.engine.loader_threads import loader_threads
 from manyhats.engine.pins import DevicePins
 from manyhats.engine.pool import AdapterPool
 from manyhats.errors import AdapterLoadError, ManyhatsError, RequestError
@@ -77,13 +76,14 @@ class AdapterResidency:
         self._slots = slots
         self._pool = pool
         self._host = HostCache(host_bytes, load, on_evict=self._host_evicted)
+        self._exchange = Exchange(pool, self._host, post)
         self._post = post
         self._observer = observer
         self._entries: dict[Digest, _Entry] = {}
         self._pins = DevicePins(slots, self.prepare, self.cancel)
         # One writer to the device at a time: SitePool's masks have a single writer.
-        self._host_threads = _threads("adapter-host", 2)
-        self._device_thread = _threads("adapter-device", 1)
+        self._host_threads = loader_threads("adapter-host", 2)
+        self._device_thread = loader_threads("adapter-device", 1)
 
     def prefetch(self, ref: AdapterRef) -> None:
         """Starts to bring what the adapter's lanes wear to the host tier and undoes a ``drop``.
@@ -218,7 +218,8 @@ class AdapterResidency:
                 evicted = self._entries[digest]
                 self._observer.adapter_evicted(evicted.ref.label, "device")
                 evicted.placed = False
-                self._clear(evicted)
+                self._exchange.leaving(digest)
+                self._device_thread.submit(self._exchange.take_back, digest, evicted.slot)
                 self._forget_if_idle(digest)
             entry.placed, entry.found = True, False
             entry.slot = answer.slot
@@ -282,6 +283,7 @@ class AdapterResidency:
         try:
             with self._hold(ref) as adapter:
                 self._pool.write(slot, starts, adapter)
+            self._exchange.placed(ref.digest, slot)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
             failure = as_load_error(ref, error)
             self._post(lambda: self._device_failed(ref, failure))
@@ -295,6 +297,8 @@ class AdapterResidency:
         entry = self._entry(ref)
         entry.loading = False
         entry.needs = needs
+        if not entry.waiters:  # else it goes to the device next
+            self._host_threads.submit(self._exchange.pack, ref.digest)
         self._pins.advance()
 
     def _on_device(self, ref: AdapterRef) -> None:
@@ -324,6 +328,7 @@ class AdapterResidency:
 
     def _drop(self, digest: Digest) -> None:
         self._host.drop(digest)
+        self._exchange.dropped(digest)
         self._pins.forget(digest)
         gone = self._slots.drop(digest)
         entry = self._entries.get(digest)
@@ -333,13 +338,3 @@ class AdapterResidency:
                 self._clear(entry)
             entry.placed = not gone
             self._forget_if_idle(digest)
-
-
-def _threads(name: str, count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_single_threaded)
-
-
-def _single_threaded() -> None:
-    """Loads leave the cores to the step loop. torch sets up a thread's count at its first use."""
-    torch.get_num_threads()
-    torch.set_num_threads(1)

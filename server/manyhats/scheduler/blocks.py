@@ -9,6 +9,12 @@ so equal keys mean equal whole prefixes under the same base, adapter and tenant;
 ever shared. Texts are length-prefixed, token ids are eight bytes each, and the first block's parent
 is 32 zero bytes. Blocks that nobody holds keep their content until they are needed, least recently
 freed first.
+
+A block's memory may become resident only when it is first used (pages of a CPU). So a block that
+was never used is taken only while fewer than ``idle_blocks`` lie idle with content; beyond, the
+oldest content gives way. What gave way so is remembered by key (the ghost entries of 2Q, Johnson
+and Shasha 1994, and ARC, Megiddo and Modha 2003): a prompt that comes back for it doubles the
+number, so memory grows where reuse is worth it and nowhere else.
 """
 
 from __future__ import annotations
@@ -30,13 +36,22 @@ class BlockManager:
 
     Every operation costs constant Python a block that it adds or frees; nothing is hashed twice
     for one sequence. ``hit_tokens`` of ``query_tokens`` prompt tokens were found by ``match``.
+    ``idle_blocks`` is where that number starts; None: all blocks, whose memory is there anyway.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_cache: bool, base_digest: str
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_cache: bool,
+        base_digest: str,
+        idle_blocks: int | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"need at least one block of one token: {num_blocks} x {block_size}")
+        if idle_blocks is not None and idle_blocks < 1:
+            raise ValueError(f"idle_blocks must be at least 1, not {idle_blocks}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_cache = prefix_cache
@@ -46,7 +61,10 @@ class BlockManager:
         self._refs = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
-        self._blank = list(range(num_blocks - 1, -1, -1))  # free, nothing worth keeping
+        self._idle = num_blocks if idle_blocks is None else min(idle_blocks, num_blocks)
+        self._unused = num_blocks  # so many, the last ones, were never used
+        self._ghosts: dict[bytes, None] = {}  # keys that gave way to frugality, oldest first
+        self._blank: list[int] = []  # free, used before, nothing worth keeping
         self._cached: dict[int, None] = {}  # free, content reusable, least recently freed first
         self._committed: dict[int, int] = {}  # sequence id -> its blocks that are known by key
         self._tokens = struct.Struct(f"<{block_size}q")
@@ -54,7 +72,12 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, with or without reusable content."""
-        return len(self._blank) + len(self._cached)
+        return len(self._blank) + len(self._cached) + self._unused
+
+    @property
+    def num_touched(self) -> int:
+        """Blocks that were ever used: those whose memory is resident. Never falls."""
+        return self.num_blocks - self._unused
 
     @property
     def num_used(self) -> int:
@@ -83,6 +106,7 @@ class BlockManager:
             self._hash_until(seq, index + 1)
             block = self._by_key.get(seq.block_hashes[index])
             if block is None:
+                self._missed(seq.block_hashes[index])
                 break
             if self._refs[block] == 0:
                 del self._cached[block]
@@ -110,7 +134,7 @@ class BlockManager:
         if missing > self.num_free:
             return False
         for _ in range(missing):
-            block = self._blank.pop() if self._blank else self._evict()
+            block = self._blank.pop() if self._blank else self._make()
             self._refs[block] = 1
             seq.block_ids.append(block)
         return True
@@ -150,12 +174,24 @@ class BlockManager:
 
     def check_invariants(self) -> None:
         """Raise RuntimeError if the bookkeeping contradicts itself. Slow: for tests."""
-        free = [*self._blank, *self._cached]
+        unused = range(self.num_touched, self.num_blocks)
+        free = [*self._blank, *self._cached, *unused]
         if sorted(free) != [b for b in range(self.num_blocks) if self._refs[b] == 0]:
             raise RuntimeError(f"free blocks {sorted(free)} against references {self._refs}")
         known = {key: block for block, key in enumerate(self._keys) if key is not None}
         if known != self._by_key or any(self._keys[b] is not None for b in self._blank):
             raise RuntimeError("keys and blocks do not belong together")
+        if any(self._keys[b] is not None for b in unused) or len(self._ghosts) > self.num_blocks:
+            raise RuntimeError("an unused block has content, or too much is remembered")
+
+    def _make(self) -> int:
+        """A block, of which there is one free, though none is blank: unused, or evicted."""
+        if self._unused and len(self._cached) < self._idle:
+            self._unused -= 1
+            if not self._unused:
+                self._ghosts.clear()  # there is no choice left to learn for
+            return self.num_touched - 1
+        return self._evict()
 
     def _evict(self) -> int:
         block = next(iter(self._cached))
@@ -165,7 +201,17 @@ class BlockManager:
             raise SchedulerStateError(f"block {block} is kept without content")
         del self._by_key[key]
         self._keys[block] = None
+        if self._unused:
+            self._ghosts[key] = None
+            if len(self._ghosts) > self.num_blocks:
+                del self._ghosts[next(iter(self._ghosts))]
         return block
+
+    def _missed(self, key: bytes) -> None:
+        """A prompt asked for this block in vain: if frugality lost it, more is kept from now on."""
+        if key in self._ghosts:
+            del self._ghosts[key]
+            self._idle = min(2 * self._idle, self.num_blocks)
 
     def _hash_until(self, seq: Sequence, full: int) -> None:
         """Extend ``seq.block_hashes`` to that many blocks; tokens are only ever appended."""
