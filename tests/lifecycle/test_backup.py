@@ -79,7 +79,7 @@ def everything(settings: Settings):
     with stores(settings) as kept:
         for digest in kept.adapters.list():
             kept.adapters.verified(digest)
-            compile_folder(kept.adapters.path(digest))
+            compile_folder(kept.adapters.open(digest))
         _, tenants = kept.tenants.read()
         return kept.registry.dump(), kept.adapters.list(), tenants, kept.usage.read(0)
 
