@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Thread
 
 from manyhats.adapters.files import read_file
 from manyhats.errors import AdapterLoadError
@@ -33,50 +33,38 @@ class AdapterFolder:
 
 
 class StoredFolder(AdapterFolder):
-    """A version in the store; ``sha256`` has each file's. For one thread."""
+    """A version in the store; ``sha256`` has each file's. ``threads`` do the hashing. For one
+    thread.
+    """
 
-    def __init__(self, path: Path, digest: Digest, sha256: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, digest: Digest, sha256: Mapping[str, str], threads: Executor
+    ) -> None:
         super().__init__(path)
         self._digest = digest
         self._sha256 = sha256
-        self._read: dict[str, _Hashing] = {}
+        self._threads = threads
+        self._read: dict[str, Future[str]] = {}
 
     def read(self, name: str, max_bytes: int) -> bytearray:
         """As ``AdapterFolder.read``; the bytes must not be written to before ``check``."""
-        hashing = self._read[name] = _Hashing()
+        stretches: SimpleQueue[memoryview | None] = SimpleQueue()
+        self._read[name] = self._threads.submit(_sha256, stretches)
         try:
-            return read_file(self.path / name, max_bytes, hashing.add)
+            return read_file(self.path / name, max_bytes, stretches.put)
         finally:
-            hashing.end()
+            stretches.put(None)
 
     def check(self) -> None:
         """As ``AdapterFolder.check``: waits until all that was read is hashed."""
-        for name, hashing in self._read.items():
-            if hashing.hexdigest() != self._sha256.get(name):
+        for name, found in self._read.items():
+            if found.result() != self._sha256.get(name):
                 raise AdapterLoadError(f"{name} of adapter {self._digest} is damaged on the disk")
 
 
-class _Hashing:
-    """SHA-256 of stretches of bytes in the order in which they come, on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._stretches: SimpleQueue[memoryview | None] = SimpleQueue()
-        self._thread = Thread(target=self._run, name="adapter-digest", daemon=True)
-        self._thread.start()
-
-    def add(self, stretch: memoryview) -> None:
-        self._stretches.put(stretch)
-
-    def end(self) -> None:
-        """Nothing more comes."""
-        self._stretches.put(None)
-
-    def hexdigest(self) -> str:
-        """Waits for the end."""
-        self._thread.join()
-        return self._hash.hexdigest()
-
-    def _run(self) -> None:
-        while (stretch := self._stretches.get()) is not None:
-            self._hash.update(stretch)  # without the GIL
+def _sha256(stretches: SimpleQueue[memoryview | None]) -> str:
+    """Of stretches of bytes in the order in which they come, up to None."""
+    found = hashlib.sha256()
+    while (stretch := stretches.get()) is not None:
+        found.update(stretch)  # without the GIL
+    return found.hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Final
 
 import torch
@@ -215,18 +216,21 @@ class SiteParts:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(t.nbytes for t in _tensors(self))
 
 
-def _tensors(part: object) -> Iterator[torch.Tensor]:
+def _tensors(part: object) -> list[torch.Tensor]:
+    # A list, and fields listed once a type: a load counts the tensors of hundreds of sites.
     if isinstance(part, torch.Tensor):
-        yield part
-    elif isinstance(part, tuple):
-        for item in part:
-            yield from _tensors(item)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for item in fields(part):
-            yield from _tensors(getattr(part, item.name))
+        return [part]
+    inner = part if isinstance(part, tuple) else [getattr(part, n) for n in _names(type(part))]
+    return [tensor for item in inner if item is not None for tensor in _tensors(item)]
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    """The fields of a dataclass; nothing of any other type."""
+    return tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -38,6 +39,8 @@ from manyhats.types import Digest
 
 _ABANDONED_S: Final = 3600
 _LOCK: Final = "lock"
+_HASHING: Final = 2
+"""Threads, as many as bring adapters to the host at once; they start with the first load."""
 _MARK: Final = "registry"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -50,6 +53,7 @@ class AdapterStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._lock = threading.Lock()
+        self._hashing = ThreadPoolExecutor(_HASHING, thread_name_prefix="adapter-digest")
         with disk():
             root.mkdir(parents=True, exist_ok=True)
             with locked(root / _LOCK, exclusive=True):
@@ -60,6 +64,7 @@ class AdapterStore:
 
     def close(self) -> None:
         """Leave nothing behind but the versions."""
+        self._hashing.shutdown()
         with self._lock:
             if self._mine is not None:
                 remove(self._tmp)
@@ -142,7 +147,8 @@ class AdapterStore:
         """``path``, for who reads the files and has them checked while they are worked on."""
         manifest = self._manifest(digest)
         path = self._checked(digest, manifest)
-        return StoredFolder(path, digest, {name: sha for name, (_, sha) in manifest.items()})
+        sha256 = {name: sha for name, (_, sha) in manifest.items()}
+        return StoredFolder(path, digest, sha256, self._hashing)
 
     def verified(self, digest: Digest) -> Path:
         """``path`` of a version that is what its digest says. Reads everything.

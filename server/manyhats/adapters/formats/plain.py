@@ -18,8 +18,7 @@ from manyhats.adapters.formats.job import Job
 from manyhats.adapters.parts import SiteSpec
 
 _STACK_VALUES: Final = 1 << 19
-"""Of one side's tensors in a stack: what is computed on the way stays in a core's cache, and what
-outlives its neighbours (a composition may share one) keeps no more than this alive."""
+"""Of one side's tensors in a stack: what is computed on the way stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +41,11 @@ def put_products(job: Job, builder: Builder, products: Sequence[Product]) -> Non
     """
     for stack in _stacks(job, products):
         names_a, names_b = [p.a for p in stack], [p.b for p in stack]
-        a = _owned(_scaled(job, names_a, 1.0))
-        b = _owned(_scaled(job, names_b, stack[0].factor).transpose(1, 2))
+        a = _scaled(job, names_a, 1.0)
+        b = _scaled(job, names_b, stack[0].factor).transpose(1, 2).contiguous()
         for product, own_a, own_b in zip(stack, a.unbind(), b.unbind(), strict=True):
-            builder.product(product.site, own_a, own_b)
+            # Memory of its own: what is counted is what is held, whoever outlives whom.
+            builder.product(product.site, own_a.clone(), own_b.clone())
 
 
 def _stacks(job: Job, products: Sequence[Product]) -> Iterator[list[Product]]:
@@ -82,7 +82,3 @@ def _scaled(job: Job, names: Sequence[str], factor: float) -> torch.Tensor:
         for name, own in zip(names, stack.unbind(), strict=True):
             job.check_fits(own, name)
     return stack
-
-
-def _owned(stack: torch.Tensor) -> torch.Tensor:
-    return stack.clone(memory_format=torch.contiguous_format)
