@@ -5,12 +5,15 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
+from pydantic import TypeAdapter
 from support.api import Api
 
 from manyhats import __version__, cli
+from manyhats.api.factory import ALWAYS
 from manyhats.app import ROUTES
 from manyhats.commands import adapters, drift, tenants
 from manyhats.config import CLIENT_VARIABLES, Settings
@@ -165,6 +168,34 @@ def test_the_api_reference_is_what_the_routes_say(monkeypatch):
     named = re.findall(r"^### ([A-Z]+) (/.*)$", page, re.MULTILINE)
     assert set(named) == {(m.upper(), p) for p, methods in served["paths"].items() for m in methods}
     assert len(named) > 45
+
+
+def test_the_bounds_of_the_api_reference_are_the_models(monkeypatch):
+    """The document goes through floats, in which a bound like 2**63 - 1 is another number."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    made = importlib.import_module("generate_api")
+    document, page = made.document(), made.PAGE.read_text("utf-8")
+    _, *parts = re.split("^### ", page, flags=re.MULTILINE)
+    sections = dict(part.split("\n", 1) for part in parts)
+    routers = [*ALWAYS, *(module.router for module in ROUTES)]
+    checked, bounded = set(), 0
+    for route in (route for router in routers for route in router.routes):
+        [method] = route.methods
+        called = f"{method} {route.path_format}"
+        checked.add(called)
+        content = (route.openapi_extra or {}).get("requestBody", {}).get("content", {})
+        for kind, body in content.items():
+            for part in made._body(kind, body["schema"], document):
+                assert part in sections[called], f"{called}: {part}"
+                bounded += 1
+        for field in route.dependant.query_params:
+            schema = TypeAdapter(Annotated[field.field_info.annotation, field.field_info])
+            words = made._typed(schema.json_schema(), document)
+            row = rf"\| (\*\*)?`{field.alias}`(\*\*)? \| query \| {re.escape(words)} \|"
+            assert re.search(row, sections[called]), f"{called}: {field.alias}, {words}"
+            bounded += 1
+    assert checked == set(sections)
+    assert bounded > 40
 
 
 def test_json_in_the_readme_is_json():

@@ -58,6 +58,10 @@ class SiteGroup:
         self.outs = tuple(int(site.b.shape[1]) for site in self.sites)
         self.descriptor = (ctypes.c_int64 * len(fields))(*fields)
 
+    def descriptor_for(self, ys: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+        """``descriptor`` with these outputs in it; rows of each are contiguous."""
+        return _point(self.descriptor, self.FIELDS, ys)
+
     def check(self, ys: Sequence[Tensor], x: Tensor, num_tokens: int, num_slots: int) -> None:
         """Raise ValueError, naming what is wrong, unless the arguments fit the group."""
         if x.dtype != self.dtype or x.shape != (num_tokens, self.in_features) or x.stride(1) != 1:
@@ -136,6 +140,26 @@ class MatrixGroup:
             fields.append(0 if bias is None else bias.data_ptr())
         self.descriptor = (ctypes.c_int64 * len(fields))(*fields)
 
+    def descriptor_for(self, ys: Sequence[Tensor]) -> ctypes.Array[ctypes.c_int64]:
+        """``descriptor`` with these outputs in it; rows of each are contiguous."""
+        return _point(self.descriptor, self.FIELDS, ys)
+
+    def outputs(self, tokens: int) -> list[Tensor]:
+        """Room for the products of so many tokens: bf16 [tokens, N] each, views of one buffer."""
+        y = torch.empty((tokens, self.ends[-1]), dtype=torch.bfloat16)
+        if len(self.outs) == 1:
+            return [y]
+        return [y[:, end - out : end] for end, out in zip(self.ends, self.outs, strict=True)]
+
+
+def _point(
+    descriptor: ctypes.Array[ctypes.c_int64], fields: int, ys: Sequence[Tensor]
+) -> ctypes.Array[ctypes.c_int64]:
+    for i, y in enumerate(ys):
+        descriptor[i * fields] = y.data_ptr()
+        descriptor[i * fields + 1] = y.stride(0)
+    return descriptor
+
 
 @runtime_checkable
 class GroupedMatmul(Protocol):
@@ -149,6 +173,16 @@ class GroupedMatmul(Protocol):
 
         ``x`` is bf16 [T, K], its rows contiguous; sums are fp32, rounded once. Raises ValueError on
         shapes or dtypes that do not fit, and on weights that :meth:`takes` does not take.
+        """
+
+    def matmul_lora_group(
+        self, x: Tensor, group: MatrixGroup, sites: SiteGroup, batch: AdapterBatch
+    ) -> list[Tensor]:
+        """``x @ W.T + bias + (x @ A_s.T) @ B_s`` for each matrix and its site, as
+        :meth:`matmul_group` and then :meth:`Backend.lora_add_group`; whether the base's part is
+        rounded before the adapters' is added is the backend's to choose.
+
+        Raises ValueError on shapes or dtypes that do not fit.
         """
 
 

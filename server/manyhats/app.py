@@ -97,6 +97,7 @@ class Application:
     adapters: AdapterService
     api: FastAPI
     readiness: Readiness
+    tenants: TenantDirectory
     closing: tuple[Callable[[], None], ...]
 
 
@@ -156,7 +157,7 @@ def build(settings: Settings) -> Application:
     api = create_api(state, [module.router for module in ROUTES], lifespan)
     traced = () if tracer is None else (tracer.close,)
     closing = (*traced, *services.closing, registry.close, store.close, tenancy.close)
-    return Application(settings, engine, adapters, api, state.readiness, closing)
+    return Application(settings, engine, adapters, api, state.readiness, tenancy.directory, closing)
 
 
 def _state(
@@ -250,6 +251,7 @@ def _listener(application: Application) -> Listener:
         application.api,
         application.settings,
         engine=application.engine.client,
+        tenants=application.tenants,
         readiness=application.readiness,
         close_door=application.engine.loop.close_door,
         names=names,

@@ -8,23 +8,35 @@ from collections.abc import Sequence
 
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
+from manyhats.tenancy.directory import TenantDirectory
 
 
-def announce(settings: Settings, port: int, engine: EngineClient, adapters: Sequence[str]) -> None:
-    """Writes the address and three curl commands to standard output."""
+def announce(
+    settings: Settings,
+    port: int,
+    engine: EngineClient,
+    tenants: TenantDirectory,
+    adapters: Sequence[str],
+) -> None:
+    """Writes the address, which keys there are and three curl commands to standard output."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{port}"
-    sys.stdout.write(banner(settings, address, engine, adapters))
+    sys.stdout.write(banner(settings, address, engine, tenants, adapters))
     sys.stdout.flush()
 
 
-def banner(settings: Settings, address: str, engine: EngineClient, adapters: Sequence[str]) -> str:
+def banner(
+    settings: Settings,
+    address: str,
+    engine: EngineClient,
+    tenants: TenantDirectory,
+    adapters: Sequence[str],
+) -> str:
     """The text of ``announce``."""
     model = engine.model
-    keys = bool(settings.api_keys or settings.admin_api_keys)
-    key = ' -H "Authorization: Bearer $API_KEY"' if keys else ""
+    is_open, keys = _keys(settings, tenants)
+    key = "" if is_open else ' -H "Authorization: Bearer $API_KEY"'
     how = f"{model.quantization}, {model.dtype}, {model.device}, kernels: {model.kernel_backend}"
-    open_door = "" if keys else "No API key is configured: only this machine can connect.\n"
     shown = ", ".join(adapters[:12]) + (
         f" and {len(adapters) - 12} more" if len(adapters) > 12 else ""
     )
@@ -36,7 +48,8 @@ def banner(settings: Settings, address: str, engine: EngineClient, adapters: Seq
     return f"""
 Manyhats serves {model.id} ({how}) at {address}
 Adapters: {shown or "none yet"}
-{open_door}
+{keys}
+
 Try:
   curl {address}/v1/models{key}
   curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
@@ -45,3 +58,18 @@ Try:
     -d '{json.dumps(base)}'
 
 """
+
+
+def _keys(settings: Settings, tenants: TenantDirectory) -> tuple[bool, str]:
+    """(Whether calls need none, which API keys there are): numbers alone, never a key."""
+    given = len(settings.admin_api_keys) + len(settings.api_keys)
+    usable, issued = tenants.key_counts
+    if not given and not issued:
+        return True, "No API key is configured: only this machine can connect."
+    if not given and not usable:
+        return False, (
+            f"API keys: none that can be used, all {issued} issued ones are revoked or expired; "
+            "start with --admin-api-keys to issue others"
+        )
+    ended = f" ({issued - usable} more are revoked or expired)" if issued > usable else ""
+    return False, f"API keys: {given} in the settings, {usable} issued{ended}"

@@ -16,6 +16,7 @@ from manyhats.adapters.sources.fetch import Fetcher
 from manyhats.api.shadows import Shadows
 from manyhats.config import Settings
 from manyhats.drift.build import Drift, open_drift
+from manyhats.drift.opening import FILE_NAME
 from manyhats.engine.build import Engine
 from manyhats.engine.interface import CompareRequest, EngineClient, LaneScores
 from manyhats.engine.no_adapters import NoAdapters
@@ -113,7 +114,7 @@ def open_services(
         pins=pins,
         follower=Follower(registry, changed),
         occupancy=_occupancy(registry, engine, tenancy, metrics),
-        drift=_drift(settings, folder / "drift.sqlite", engine, adapters, metrics, evaluations),
+        drift=_drift(settings, folder / FILE_NAME, engine, adapters, metrics, evaluations),
     )
 
 

@@ -23,12 +23,15 @@ from manyhats.api.readiness import Readiness
 from manyhats.banner import announce
 from manyhats.config import Settings
 from manyhats.engine.interface import EngineClient
+from manyhats.tenancy.directory import TenantDirectory
 
 logger = logging.getLogger(__name__)
 
 
 class Listener(uvicorn.Server):
-    """Serves ``api`` until a signal; ``names`` gives the adapters that the banner shows."""
+    """Serves ``api`` until a signal; ``names`` gives the adapters that the banner shows,
+    ``tenants`` counts its keys.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Listener(uvicorn.Server):
         settings: Settings,
         *,
         engine: EngineClient,
+        tenants: TenantDirectory,
         readiness: Readiness,
         close_door: Callable[[], None],
         names: Callable[[], Sequence[str]],
@@ -53,6 +57,7 @@ class Listener(uvicorn.Server):
         )
         self._settings = settings
         self._engine = engine
+        self._tenants = tenants
         self._readiness = readiness
         self._close_door = close_door
         self._names = names
@@ -75,7 +80,7 @@ class Listener(uvicorn.Server):
 
     async def _announce(self, port: int) -> None:
         await self._readiness.wait_proven()
-        announce(self._settings, port, self._engine, self._names())
+        announce(self._settings, port, self._engine, self._tenants, self._names())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first SIGTERM drains after the grace, a second one at once; a second Ctrl-C stops."""

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import pytest
+from support.object_stores import WEIGHTS_PATH, Bucket
 
-from manyhats.adapters.sources.address import AllowList, UrlSource
-from manyhats.adapters.sources.fetch import Fetcher
 from manyhats.adapters.sources.progress import CancelledFetchError, Progress
-from manyhats.errors import AdapterRejectedError, ServiceError
+from manyhats.errors import ServiceError
 
 s3fs = pytest.importorskip("s3fs", reason="manyhats[s3] is not installed")
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
 
-CONFIG = b'{"peft_type": "LORA"}'
-WEIGHTS = bytes(range(256)) * (20 << 10)  # 5 MiB: several reads
-BOUND = 6 << 20
-PREFIX = "s3://models/adapters/"
+BUCKET = Bucket("s3", bytes(range(256)) * (20 << 10))  # 5 MiB: several reads
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A running server whose bucket ``models`` holds an adapter; ``put`` replaces a file."""
+    """A running server that has the bucket; ``put`` replaces a file."""
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -35,19 +31,11 @@ def server(monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem(skip_instance_cache=True)
     store.makedirs("models", exist_ok=True)  # the servers of one process share their state
-    store.pipe_file("models/adapters/a/adapter_config.json", CONFIG)
-    store.pipe_file("models/adapters/a/adapter_model.safetensors", WEIGHTS)
+    BUCKET.fill(store.pipe_file)
     server.put = store.pipe_file
     yield server
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-def fetch(folder, url=PREFIX + "a", progress=None, bound=BOUND):
-    folder.mkdir(exist_ok=True)
-    fetcher = Fetcher(AllowList([PREFIX]), bound)
-    paths = fetcher.fetch(UrlSource(url), folder, progress or Progress())
-    return tuple(path.read_bytes() for path in paths)
 
 
 class Breaking(Progress):
@@ -60,36 +48,28 @@ class Breaking(Progress):
 
 
 def test_an_adapter_comes_whole_and_its_progress_is_told(server, tmp_path):
-    progress = Progress()
-    assert fetch(tmp_path, progress=progress) == (CONFIG, WEIGHTS)
-    assert progress.done == progress.total == len(CONFIG) + len(WEIGHTS)
+    BUCKET.comes_whole(tmp_path)
 
 
 def test_a_fetch_goes_on_where_it_ended_unless_the_object_has_changed(server, tmp_path):
     for changed in (False, True):
         folder = tmp_path / str(changed)
         with pytest.raises(CancelledFetchError):
-            fetch(folder, progress=Breaking())
+            BUCKET.fetch(folder, progress=Breaking())
         [part] = folder.glob("*model*.part")
         before = part.stat().st_size
-        assert 0 < before < len(WEIGHTS)
+        assert 0 < before < len(BUCKET.weights)
         if changed:
-            server.put("models/adapters/a/adapter_model.safetensors", WEIGHTS[::-1])
-        assert fetch(folder)[1] == (WEIGHTS[::-1] if changed else WEIGHTS)
+            server.put(WEIGHTS_PATH, BUCKET.weights[::-1])
+        wanted = BUCKET.weights[::-1] if changed else BUCKET.weights
+        assert BUCKET.fetch(folder)[1] == wanted
 
 
 def test_what_is_not_to_be_had_is_refused_by_name(server, tmp_path):
-    for url, bound, reason in (
-        (PREFIX + "none", BOUND, "missing_file"),
-        ("s3://other/adapters/a", BOUND, "source_not_allowed"),
-        (PREFIX + "a", 1 << 20, "too_large"),
-    ):
-        with pytest.raises(AdapterRejectedError) as refusal:
-            fetch(tmp_path, url, bound=bound)
-        assert refusal.value.reason == reason, refusal.value.message
+    BUCKET.refuses_by_name(tmp_path)
 
 
 def test_a_store_that_is_away_may_be_asked_again(server, tmp_path):
     server.stop()
     with pytest.raises(ServiceError, match="s3://models/adapters/a"):
-        fetch(tmp_path)
+        BUCKET.fetch(tmp_path)

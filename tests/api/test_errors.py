@@ -51,7 +51,7 @@ def refused(response, param, *words, code="invalid_request", status=400):
         ({"max_tokens": 1.0}, "max_tokens", ("integer",)),
         ({"max_tokens": True}, "max_tokens", ("integer",)),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens", ("6", "5")),
-        ({"seed": 2**63}, "seed", ("9223372036854775807",)),
+        ({"seed": 2**63}, "seed", ("less than 9223372036854775808",)),
         ({"seed": "1"}, "seed", ("integer",)),
         ({"stop": ["a"] * 4}, "stop", ("4", "bound is 3")),
         ({"stop": [""]}, "stop[0]", ("1 to 256",)),

@@ -1,12 +1,15 @@
 """The CPU's products with 4-bit and bf16 weights: bitsandbytes' dequantize is the oracle."""
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from manyhats_kernels import reference_4bit, resolve
+from manyhats_kernels.backend import SiteRows
+from manyhats_kernels.batch import AdapterBatch
 from manyhats_kernels.fourbit import FourBitWeight
-from manyhats_kernels.groups import DenseWeight, MatrixGroup
+from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
 from manyhats_kernels.native.backend import DOTS_ROWS
 
 SHAPES = [(32, 64), (1, 64), (40, 128), (97, 192), (98, 64), (576, 192), (64, 1536)]
@@ -89,6 +92,80 @@ def test_bf16_group(native, tokens):
     ys = native.matmul_group(x, MatrixGroup(dense, [None, bias, None]))
     for y, weight, own in zip(ys, weights, [None, bias, None], strict=True):
         assert_rounded(y, x, weight, own)
+
+
+def worn(slots, outs, k, counts):
+    """Sites of signed rank rows, `counts` of each site and slot, with gaps between; the batch."""
+    generator = torch.Generator().manual_seed(7)
+    sites = []
+    for out, of_slots in zip(outs, counts, strict=True):
+        starts, rows = [], 2
+        for count in of_slots:
+            starts.append(rows if count else 0)
+            rows += count + 1
+        a, b = (torch.randn(rows, n, generator=generator) / 4 for n in (k, out))
+        site_rows = SiteRows(*(torch.tensor(v, dtype=torch.int32) for v in (starts, of_slots)))
+        sites.append(SiteWeights(a.bfloat16(), b.bfloat16(), site_rows))
+    batch = AdapterBatch.build(np.array(slots), len(counts[0]))
+    return SiteGroup(sites), batch
+
+
+MIXES = {
+    "long": [0] * 70,
+    "ragged": [0] * 37 + [-1] * 5 + [1] * 33 + [0] * 9 + [2] * 3 + [3] * 40 + [1],
+    "scattered": [(i * i) % 4 for i in range(200)],
+    "short": [0] * 31 + [-1] + [1] * 31,
+    "bare": [-1] * 40,
+}
+
+
+@pytest.mark.parametrize("four", [True, False])
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_group_with_low_rank_products(native, mix, four):
+    """The last slot owns rows at the first site alone; slot 2 at no site."""
+    outs, k, slots = (97, 32, 64), 192, MIXES[mix]
+    counts = [[16, 5, 0, 64], [1, 33, 0, 0], [17, 16, 0, 0]]
+    sites, batch = worn(slots, outs, k, counts)
+    made = [quantized(n, k) for n in outs]
+    dense = [weight for _, weight in made]
+    weights = [weight for weight, _ in made] if four else [DenseWeight(w) for w in dense]
+    if not native.takes(weights[0]):
+        return
+    x, biases = signed(len(slots), k, margin=3), [None, torch.randn(32).bfloat16(), None]
+    ys = native.matmul_lora_group(x, MatrixGroup(weights, biases), sites, batch)
+    for i, y in enumerate(ys):
+        base = x.double() @ dense[i].double().T
+        base = base if biases[i] is None else base + biases[i].double()
+        own, size = torch.zeros_like(base), torch.zeros_like(base)
+        for token, slot in enumerate(slots):
+            if slot >= 0 and counts[i][slot]:
+                start = int(sites.sites[i].rows.start[slot])
+                a, b = (
+                    m[start : start + counts[i][slot]].double()
+                    for m in (sites.sites[i].a, sites.sites[i].b)
+                )
+                shrunk = x[token].double() @ a.T
+                own[token] = shrunk @ b
+                size[token] = shrunk.abs() @ b.abs()
+        # What is not joined is rounded twice; shrunk rows are kept as two bf16 halves.
+        bound = (base.abs() + (base + own).abs()) * 2**-8 + size * 2**-14 + 1e-3
+        assert ((y.double() - base - own).abs() <= bound).all()
+        lone = [t for t in range(len(slots)) if slots.count(slots[t]) < 32]
+        apart = native.matmul_group(x, MatrixGroup(weights, biases))
+        native.lora_add_group(apart, x, sites, batch)
+        assert torch.equal(y[lone], apart[i][lone])
+        joined = [t for t in range(len(slots)) if t not in lone and slots[t] >= 0]
+        exact = base + own
+        if native._amx and joined:
+            assert (y - exact)[joined].abs().mean() < (apart[i] - exact)[joined].abs().mean()
+
+
+def test_low_rank_rows_outside_of_the_pool_are_refused(native):
+    sites, batch = worn([0] * 40, (64,), 192, [[16]])
+    sites.sites[0].rows.start[0] = 4
+    weight, _ = quantized(64, 192)
+    with pytest.raises(ValueError, match="slot 0"):
+        native.matmul_lora_group(signed(40, 192), MatrixGroup([weight], [None]), sites, batch)
 
 
 def test_who_shares_the_batch_changes_no_bit(native):

@@ -50,6 +50,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "mh_unpack4": (None, [_I, _P, _P, _P, _P, _L, _L, _L]),
     "mh_matmul": (_L, [_I, _I, _P, _L, _P, _L, _L, _L]),
+    "mh_project": (_L, [_I, _I, _P, _P, _L, _P, _L, _L, _L, _P, _P, _P, _L]),
     "mh_amx": (_I, []),
 }
 
@@ -77,6 +78,7 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
         self._attention = library.mh_attention
         self._unpack4 = library.mh_unpack4
         self._matmul = library.mh_matmul
+        self._project = library.mh_project
         self._amx = library.mh_amx()
         NativeParts.__init__(self, library)
         NativeDense.__init__(self, library)
@@ -110,10 +112,7 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
         if not segments:
             return
         group.check(ys, x, batch.num_tokens, batch.num_slots)
-        fields, step = group.descriptor, group.FIELDS
-        for i, y in enumerate(ys):
-            fields[i * step] = y.data_ptr()
-            fields[i * step + 1] = y.stride(0)
+        fields = group.descriptor_for(ys)
         order, slots, offsets = batch.pointers
         failed = self._lora_add(
             DTYPE_CODES[x.dtype],
@@ -129,12 +128,7 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
             offsets,
             len(segments),
         )
-        if failed:
-            check_memory(failed)
-            site, segment = divmod(failed - 1, len(segments))
-            slot, weights = batch.worn[segment], group.sites[site]
-            rows = weights.rows
-            check_run(slot, int(rows.start[slot]), int(rows.count[slot]), weights.a.shape[0])
+        _check_segments(failed, group, batch)
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`."""
@@ -280,39 +274,81 @@ class NativeBackend(NativeParts, NativeDense, NativeStack):
 
     def matmul_group(self, x: Tensor, group: MatrixGroup) -> list[Tensor]:
         """See :meth:`GroupedMatmul.matmul_group`: one call, one parallel region."""
-        tokens, k = x.shape
-        if x.dtype != torch.bfloat16 or k != group.in_features or (k > 1 and x.stride(1) != 1):
-            raise ValueError(
-                f"x must be [T, {group.in_features}] of bf16 with contiguous rows, got "
-                f"{tuple(x.shape)} {x.dtype}"
-            )
-        if not self._amx and tokens > DOTS_ROWS:
+        _check_products(x, group)
+        if not self._amx and x.shape[0] > DOTS_ROWS:
             return [
                 functional.linear(x, self.dequantize_4bit(w, x.dtype), bias)
                 for w, bias in zip(group.weights, group.biases, strict=True)
                 if isinstance(w, FourBitWeight)
             ]
-        width = group.ends[-1]
-        y = torch.empty((tokens, width), dtype=x.dtype)
-        fields, step, address = group.descriptor, group.FIELDS, y.data_ptr()
-        for i, (end, out) in enumerate(zip(group.ends, group.outs, strict=True)):
-            fields[i * step] = address + (end - out) * 2
-            fields[i * step + 1] = width
-        if tokens:
+        ys = group.outputs(x.shape[0])
+        if x.shape[0]:
             failed = self._matmul(
                 torch.get_num_threads(),
                 self._amx,
-                fields,
-                len(group.outs),
+                group.descriptor_for(ys),
+                len(ys),
                 x.data_ptr(),
                 x.stride(0),
-                tokens,
-                k,
+                *x.shape,
             )
             check_memory(failed)
-        if len(group.outs) == 1:
-            return [y]
-        return [y[:, end - out : end] for end, out in zip(group.ends, group.outs, strict=True)]
+        return ys
+
+    def matmul_lora_group(
+        self, x: Tensor, group: MatrixGroup, sites: SiteGroup, batch: AdapterBatch
+    ) -> list[Tensor]:
+        """See :meth:`GroupedMatmul.matmul_lora_group`.
+
+        On AMX tiles the low-rank product of a segment of 32 tokens or more is summed with the
+        base's before either is rounded; in all else the bits are those of :meth:`matmul_group` and
+        then :meth:`lora_add_group`.
+        """
+        if not self._amx or not batch.segments:
+            ys = self.matmul_group(x, group)
+            self.lora_add_group(ys, x, sites, batch)
+            return ys
+        _check_products(x, group)
+        ys = group.outputs(x.shape[0])
+        sites.check(ys, x, batch.num_tokens, batch.num_slots)
+        failed = self._project(
+            torch.get_num_threads(),
+            self._amx,
+            group.descriptor_for(ys),
+            sites.descriptor_for(ys),
+            len(ys),
+            x.data_ptr(),
+            x.stride(0),
+            *x.shape,
+            *batch.pointers,
+            len(batch.segments),
+        )
+        _check_segments(failed, sites, batch)
+        return ys
+
+
+def _check_products(x: Tensor, group: MatrixGroup) -> None:
+    if (
+        x.dtype != torch.bfloat16
+        or x.ndim != 2
+        or x.shape[1] != group.in_features
+        or (x.shape[1] > 1 and x.stride(1) != 1)
+    ):
+        raise ValueError(
+            f"x must be [T, {group.in_features}] of bf16 with contiguous rows, got "
+            f"{tuple(x.shape)} {x.dtype}"
+        )
+
+
+def _check_segments(failed: int, group: SiteGroup, batch: AdapterBatch) -> None:
+    """Raises what an entry point of low-rank products reported, where it did."""
+    if not failed:
+        return
+    check_memory(failed)
+    site, segment = divmod(failed - 1, len(batch.segments))
+    slot, weights = batch.worn[segment], group.sites[site]
+    rows = weights.rows
+    check_run(slot, int(rows.start[slot]), int(rows.count[slot]), weights.a.shape[0])
 
 
 def _in_runs(weight: FourBitWeight) -> bool:

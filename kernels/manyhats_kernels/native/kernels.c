@@ -38,6 +38,7 @@ typedef struct {
     int64_t scratch;        /* where its shrunk rows [tokens, count] begin */
     int64_t packed, halves; /* where its packed tokens and the halves of its shrunk rows begin */
     int64_t shrink_first, expand_first; /* number of its first work items */
+    int64_t joins, left; /* tiles in lora_join, 0 where its expand is a pass of its own; where its left ones begin */
 } lora_segment;
 
 typedef struct { const lora_segment *segment; int64_t token; } lora_pack_item; /* sixteen tokens from `token` on */
@@ -198,4 +199,5 @@ EXPORT int64_t mh_attention(int dtype, int amx, int threads, void *out, const vo
 #include "dense_entry.h"
 #include "parts_entry.h"
 #include "quant4.h"
+#include "project.h"
 #include "stack.h"

@@ -296,40 +296,50 @@ static void expand_tiles(const lora_args *g, const lora_segment *seg, int64_t t0
 #undef ADD_SUMS
 }
 
+/* The work of the shrink for a thread of the team; with kinds, the function between the two products too. */
+static void shrink_phase(const lora_args *g, const float *bias, const int32_t *kinds, const int32_t *slots,
+                         tile_shape *now) {
+    if (g->pack_items) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < g->pack_items; i++) {
+            const lora_pack_item *item = &g->packs[i];
+            lora_pack(g, item->segment, item->token, g->packed + item->segment->packed + item->token * g->packed_width);
+        }
+    }
+#pragma omp for schedule(dynamic, g->shrink_grain)
+    for (int64_t item = 0; item < g->shrink_items; item++) {
+        const lora_segment *seg = find_segment(g, item, 0);
+        int64_t i = item - seg->shrink_first, blocks = blocks_of(seg->count, 16);
+        shrink_tiles(g, seg, i / blocks * 16, i % blocks * 16, kinds != NULL, now);
+    }
+    if (kinds) {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < g->segment_count; i++) {
+            activate_segment(g, &g->segments[i], bias, kinds, slots);
+            split_segment(g, &g->segments[i]);
+        }
+    }
+}
+
+/* Likewise that of the expand. */
+static void expand_phase(const lora_args *g, tile_shape *now) {
+    bf16 *panel = g->panels + omp_get_thread_num() * g->panel_size;
+#pragma omp for schedule(dynamic, g->expand_grain)
+    for (int64_t item = 0; item < g->expand_items; item++) {
+        const lora_segment *seg = find_segment(g, item, 1);
+        int64_t i = item - seg->expand_first, out = seg->site->out, blocks = blocks_of(out, g->column_step);
+        int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * g->column_step;
+        expand_tiles(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + g->column_step, out), now, panel);
+    }
+}
+
 /* As lora_run and, where there are kinds, bottleneck_run. */
 static void lora_run_tiles(const lora_args *g, const float *bias, const int32_t *kinds, const int32_t *slots) {
 #pragma omp parallel num_threads(g->threads)
     {
         tile_shape now = {0};
-        bf16 *panel = g->panels + omp_get_thread_num() * g->panel_size;
-        if (g->pack_items) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < g->pack_items; i++) {
-                const lora_pack_item *item = &g->packs[i];
-                lora_pack(g, item->segment, item->token, g->packed + item->segment->packed + item->token * g->packed_width);
-            }
-        }
-#pragma omp for schedule(dynamic, g->shrink_grain)
-        for (int64_t item = 0; item < g->shrink_items; item++) {
-            const lora_segment *seg = find_segment(g, item, 0);
-            int64_t i = item - seg->shrink_first, blocks = blocks_of(seg->count, 16);
-            shrink_tiles(g, seg, i / blocks * 16, i % blocks * 16, kinds != NULL, &now);
-        }
-        if (kinds) {
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < g->segment_count; i++) {
-                activate_segment(g, &g->segments[i], bias, kinds, slots);
-                split_segment(g, &g->segments[i]);
-            }
-        }
-#pragma omp for schedule(dynamic, g->expand_grain)
-        for (int64_t item = 0; item < g->expand_items; item++) {
-            const lora_segment *seg = find_segment(g, item, 1);
-            int64_t i = item - seg->expand_first, out = seg->site->out, blocks = blocks_of(out, g->column_step);
-            int64_t t0 = i / blocks * LORA_TOKENS, c0 = i % blocks * g->column_step;
-            expand_tiles(g, seg, t0, least(t0 + LORA_TOKENS, seg->tokens), c0, least(c0 + g->column_step, out),
-                         &now, panel);
-        }
+        shrink_phase(g, bias, kinds, slots, &now);
+        expand_phase(g, &now);
         if (now.palette) _tile_release();
     }
 }

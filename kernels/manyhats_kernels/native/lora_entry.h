@@ -12,9 +12,10 @@ static void plan_items(lora_args *g, lora_segment *segments) {
     for (int64_t i = 0; i < g->segment_count; i++) {
         int64_t tokens = blocks_of(segments[i].tokens, g->token_step);
         segments[i].shrink_first = g->shrink_items;
-        segments[i].expand_first = g->expand_items;
+        segments[i].expand_first = g->expand_items; /* none where it is part of the base's product */
         g->shrink_items += tokens * blocks_of(segments[i].count, row_step);
-        g->expand_items += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, g->column_step);
+        if (!segments[i].joins)
+            g->expand_items += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, g->column_step);
     }
     g->shrink_grain = 1 + g->shrink_items / (g->threads * 16);
     g->expand_grain = 1 + g->expand_items / (g->threads * 16);
@@ -35,7 +36,7 @@ static int64_t find_segments(lora_args *g, lora_segment *segments, lora_pack_ite
             if (rows == 0) continue;
             if (rows < 0 || first < 0 || first + rows > site->pool_rows) return i * segment_count + at + 1;
             lora_segment *own = &segments[g->segment_count++];
-            *own = (lora_segment){site, offsets[at], tokens, first, rows, need->shrunk, packed, need->halves, 0, 0};
+            *own = (lora_segment){site, offsets[at], tokens, first, rows, need->shrunk, packed, need->halves, 0, 0, 0, 0};
             need->shrunk += tokens * rows;
             if (!g->amx) {
                 need->cost += tokens * rows * (g->in + site->out);
@@ -57,33 +58,44 @@ static int64_t find_segments(lora_args *g, lora_segment *segments, lora_pack_ite
     return 0;
 }
 
-/* y += (x A^T) B at every site; with `kinds`, y += act(x A^T + bias) B at the only one. */
-static int64_t lora_do(int dtype, int amx, int threads, const lora_site *sites, int64_t site_count, const void *x,
-                       int64_t x_stride, int64_t in, const int32_t *order, const int32_t *slots,
-                       const int32_t *offsets, int64_t segment_count, const float *bias, const int32_t *kinds,
-                       const int32_t *token_slots) {
+/* Finds the segments of g, whose x is set, and their memory, which the calling thread keeps. 0, MH_NO_MEMORY, or what
+ * find_segments says. */
+static int64_t lora_begin(lora_args *g, lora_need *need, const lora_site *sites, int64_t site_count,
+                          const int32_t *slots, const int32_t *offsets, int64_t segment_count) {
     static __thread kept tables, numbers;
     int64_t most = site_count * segment_count, tokens = segment_count ? offsets[segment_count] : 0;
-    lora_need need = {0};
     char *table = kept_memory(&tables, most * (int64_t)sizeof(lora_segment) +
                                            (tokens / 16 + segment_count) * (int64_t)sizeof(lora_pack_item));
     if (most && !table) return MH_NO_MEMORY;
     lora_segment *segments = (lora_segment *)table;
     lora_pack_item *packs = (lora_pack_item *)(segments + most);
-    lora_args g = {.x = x, .x_stride = x_stride, .in = in, .order = order, .segments = segments, .packs = packs,
-                   .packed_width = blocks_of(in, 32) * 32, .threads = threads, .amx = amx && dtype == 0};
-    int64_t failed = find_segments(&g, segments, packs, sites, site_count, slots, offsets, segment_count, &need);
+    g->segments = segments;
+    g->packs = packs;
+    g->packed_width = blocks_of(g->in, 32) * 32;
+    int64_t failed = find_segments(g, segments, packs, sites, site_count, slots, offsets, segment_count, need);
+    if (failed || !g->segment_count) return failed;
+    g->panel_size = need->chunks * LORA_CHUNK * LORA_COLUMNS;
+    int64_t halves = g->amx ? need->packed + need->halves + g->threads * g->panel_size : 0;
+    char *memory = kept_memory(&numbers, halves * (int64_t)sizeof(bf16) + need->shrunk * (int64_t)sizeof(float));
+    if (!memory) return MH_NO_MEMORY;
+    g->packed = (bf16 *)memory;
+    g->panels = g->packed + need->packed;
+    g->halves = g->panels + g->threads * g->panel_size;
+    g->scratch = (float *)(g->packed + halves);
+    return 0;
+}
+
+/* y += (x A^T) B at every site; with `kinds`, y += act(x A^T + bias) B at the only one. */
+static int64_t lora_do(int dtype, int amx, int threads, const lora_site *sites, int64_t site_count, const void *x,
+                       int64_t x_stride, int64_t in, const int32_t *order, const int32_t *slots,
+                       const int32_t *offsets, int64_t segment_count, const float *bias, const int32_t *kinds,
+                       const int32_t *token_slots) {
+    lora_need need = {0};
+    lora_args g = {.x = x, .x_stride = x_stride, .in = in, .order = order, .threads = threads, .amx = amx && dtype == 0};
+    int64_t failed = lora_begin(&g, &need, sites, site_count, slots, offsets, segment_count);
     if (failed || !g.segment_count) return failed;
     if (need.cost < (g.amx ? LORA_TILES_SERIAL : LORA_SERIAL)) g.threads = 1;
-    g.panel_size = need.chunks * LORA_CHUNK * LORA_COLUMNS;
-    int64_t halves = g.amx ? need.packed + need.halves + threads * g.panel_size : 0;
-    char *memory = kept_memory(&numbers, halves * (int64_t)sizeof(bf16) + need.shrunk * (int64_t)sizeof(float));
-    if (!memory) return MH_NO_MEMORY;
-    g.packed = (bf16 *)memory;
-    g.panels = g.packed + need.packed;
-    g.halves = g.panels + threads * g.panel_size;
-    g.scratch = (float *)(g.packed + halves);
-    plan_items(&g, segments);
+    plan_items(&g, (lora_segment *)g.segments);
 #ifdef MH_AMX
     if (g.amx) {
         lora_run_tiles(&g, bias, kinds, token_slots);

@@ -9,6 +9,10 @@
  */
 #define Q4_ROWS 32
 #define Q4_RUN 64
+#include "lora_join.h"
+#ifndef MH_AMX
+typedef void lora_join;
+#endif
 
 typedef struct { /* int64 fields in this order come from the launcher */
     bf16 *y;
@@ -25,6 +29,10 @@ typedef struct {
     int64_t x_stride, tokens, k;
     bf16 *x_packed, *panels;
     int threads;
+    int64_t panel_size; /* elements of a thread's panel */
+#ifdef MH_AMX
+    const lora_join *join; /* what adapters add, the sites in the order of the matrices; or absent */
+#endif
 } quant4_args;
 
 /* The matrix of the panel, counted over all of them; *panel becomes its number within the matrix. */
@@ -116,7 +124,7 @@ static void quant4_panel_dots(const quant4_args *g, const quant4_matrix *m, int6
 static void quant4_dots(const quant4_args *g) {
 #pragma omp parallel num_threads(g->threads)
     {
-        bf16 *panel = g->panels + omp_get_thread_num() * Q4_ROWS * g->k;
+        bf16 *panel = g->panels + omp_get_thread_num() * g->panel_size;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < g->tokens; t++)
             for (int64_t c = 0; c < g->k; c += Q4_RUN)
@@ -133,24 +141,28 @@ static void quant4_dots(const quant4_args *g) {
 #include "quant4_amx.h"
 #include "quant4_few.h"
 
-/* y = x W^T + bias for each matrix; bf16 ones need AMX. Returns 0 or MH_NO_MEMORY. */
-EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
-                         int64_t x_stride, int64_t tokens, int64_t k) {
+/* As mh_matmul, with what adapters add where there is a join, which needs AMX. */
+static int64_t matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
+                      int64_t x_stride, int64_t tokens, int64_t k, const lora_join *join) {
     static __thread kept memory;
-    int64_t token_tiles = blocks_of(tokens, 16) * 16, panel_count = 0;
+    int64_t token_tiles = blocks_of(tokens, 16) * 16, panel_count = 0, panel_size = Q4_ROWS * k;
+#ifdef MH_AMX
+    if (join) panel_size += join->left_size;
+#endif
     for (int64_t i = 0; i < matrix_count; i++) panel_count += blocks_of(matrices[i].n, Q4_ROWS);
-    bf16 *scratch = kept_memory(&memory, (token_tiles + (int64_t)threads * Q4_ROWS) * k * (int64_t)sizeof(bf16));
+    bf16 *scratch = kept_memory(&memory, (token_tiles * k + threads * panel_size) * (int64_t)sizeof(bf16));
     if (!scratch) return MH_NO_MEMORY;
-    quant4_args g = {matrices, panel_count, x, x_stride, tokens, k, scratch,
-                     scratch + token_tiles * k, threads};
+    quant4_args g = {matrices, panel_count, x, x_stride, tokens, k, scratch, scratch + token_tiles * k, threads,
+                     .panel_size = panel_size};
 #ifdef MH_AVX512_BF16
-    if (are_few(matrices, matrix_count, tokens)) {
+    if (!join && are_few(matrices, matrix_count, tokens)) {
         quant4_few(&g);
         return 0;
     }
 #endif
 #ifdef MH_AMX
     if (amx) {
+        g.join = join;
         quant4_tiles(&g);
         return 0;
     }
@@ -158,4 +170,10 @@ EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, in
     (void)amx;
     quant4_dots(&g);
     return 0;
+}
+
+/* y = x W^T + bias for each matrix; bf16 ones need AMX. Returns 0 or MH_NO_MEMORY. */
+EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
+                         int64_t x_stride, int64_t tokens, int64_t k) {
+    return matmul(threads, amx, matrices, matrix_count, x, x_stride, tokens, k, NULL);
 }

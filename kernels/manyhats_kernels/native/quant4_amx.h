@@ -34,44 +34,78 @@ INLINE void pack_plain(bf16 *first, bf16 *second, const bf16 *x, int64_t stride,
     memcpy(second, high, sizeof high);
 }
 
-/* A tile of sums [16 outputs][16 tokens] to y, as many of them as there are. */
-INLINE void store_tile(const quant4_matrix *m, int64_t all_tokens, float *sums, int64_t n0, int64_t t0) {
-    int64_t outputs = least(16, m->n - n0), tokens = least(16, all_tokens - t0);
-    if (outputs <= 0) return;
-    __m512 rows[16];
-    memcpy(rows, sums, sizeof rows);
-    transpose16(rows);
-    __mmask16 mask = (__mmask16)((1u << outputs) - 1);
-    __m512 bias = _mm512_setzero_ps();
+/* Sums of thirty-two outputs [2][16][16 tokens] to sixteen tokens' rows of y, as many of them as there are. */
+INLINE void store_tiles(const quant4_matrix *m, int64_t all_tokens, const float *sums, int64_t n0, int64_t t0) {
+    int64_t outputs = least(32, m->n - n0), tokens = least(16, all_tokens - t0);
+    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __mmask32 mask = (__mmask32)(outputs >= 32 ? ~0u : (1u << outputs) - 1);
+    __m512 rows[16]; /* of pairs of outputs */
     if (m->bias) {
-        __m256i own = _mm256_maskz_loadu_epi16(mask, m->bias + n0);
-        bias = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16);
-    }
-    for (int64_t t = 0; t < tokens; t++)
-        _mm256_mask_storeu_epi16(m->y + (t0 + t) * m->y_stride + n0, mask,
-                                 (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(rows[t], bias)));
+        float bias[32];
+        __m512i own = _mm512_maskz_loadu_epi16(mask, m->bias + n0);
+        _mm512_storeu_si512(bias, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(own)), 16));
+        _mm512_storeu_si512(bias + 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(own, 1)), 16));
+        for (int i = 0; i < 16; i++) {
+            __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 32 * i), _mm512_set1_ps(bias[2 * i]));
+            __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + 32 * i + 16), _mm512_set1_ps(bias[2 * i + 1]));
+            rows[i] = (__m512)_mm512_permutexvar_epi16(woven, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        }
+    } else
+        for (int i = 0; i < 16; i++)
+            rows[i] = (__m512)_mm512_permutexvar_epi16(
+                woven, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + 32 * i + 16), _mm512_load_ps(sums + 32 * i)));
+    transpose16(rows);
+    bf16 *y = m->y + t0 * m->y_stride + n0;
+    if (outputs == 32 && tokens == 16)
+        for (int t = 0; t < 16; t++) _mm512_storeu_si512(y + t * m->y_stride, (__m512i)rows[t]);
+    else
+        for (int64_t t = 0; t < tokens; t++) _mm512_mask_storeu_epi16(y + t * m->y_stride, mask, (__m512i)rows[t]);
+}
+
+/* Sums that wait to be stored: those of one block are, while the next is multiplied. */
+typedef struct { const float *sums; int64_t t0; int left; } quant4_waiting;
+
+INLINE void store_next(const quant4_matrix *m, int64_t tokens, int64_t n0, quant4_waiting *w) {
+    if (!w->left) return;
+    store_tiles(m, tokens, w->sums, n0, w->t0);
+    w->sums += 512;
+    w->t0 += 16;
+    w->left--;
 }
 
 /* Thirty-two outputs by 16 or 32 tokens. a0, a1: sixteen outputs each, a_step elements from one tile to the
  * next and a_row from one output to the next; b: one or two tiles of tokens. */
+#define MULTIPLY(FROM, TO)                                  \
+    for (int64_t k = FROM; k < TO; k++) {                   \
+        _tile_loadd(4, a0 + k * a_step, a_row * 2);         \
+        _tile_loadd(6, b0 + k * TILE, 64);                  \
+        _tile_loadd(5, a1 + k * a_step, a_row * 2);         \
+        if (wide) _tile_loadd(7, b1 + k * TILE, 64);        \
+        _tile_dpbf16ps(0, 4, 6);                            \
+        _tile_dpbf16ps(1, 5, 6);                            \
+        if (wide) {                                         \
+            _tile_dpbf16ps(2, 4, 7);                        \
+            _tile_dpbf16ps(3, 5, 7);                        \
+        }                                                   \
+    }
 INLINE void multiply_tiles(const bf16 *a0, const bf16 *a1, int64_t a_step, int64_t a_row, const bf16 *b0,
-                           int64_t tiles, int wide, float (*sums)[256]) {
+                           int64_t tiles, int wide, float (*sums)[256], const quant4_matrix *m, const quant4_args *g,
+                           int64_t n0, int64_t t0, const bf16 *left, quant4_waiting *w) {
     const bf16 *b1 = b0 + tiles * TILE;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < tiles; k++) {
-        _tile_loadd(4, a0 + k * a_step, a_row * 2);
-        _tile_loadd(5, a1 + k * a_step, a_row * 2);
-        _tile_loadd(6, b0 + k * TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (wide) {
-            _tile_loadd(7, b1 + k * TILE, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+    MULTIPLY(0, tiles / 3)
+    store_next(m, g->tokens, n0, w);
+    MULTIPLY(tiles / 3, tiles * 2 / 3)
+    store_next(m, g->tokens, n0, w);
+    MULTIPLY(tiles * 2 / 3, tiles)
+    if (left) {
+        const lora_site *site = g->join->sites + (m - g->matrices);
+        add_joins(g->join, site, left, t0 / 16, 0);
+        if (wide) add_joins(g->join, site, left, t0 / 16 + 1, 1);
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
@@ -112,14 +146,20 @@ static void quant4_panel_tiles(const quant4_args *g, const quant4_matrix *m, int
         a_step = 32;
         a_row = g->k;
     }
-    float sums[4][256] __attribute__((aligned(64)));
-    for (int64_t t0 = 0; t0 < g->tokens; t0 += 32) {
+    bf16 *left = g->join ? panel + Q4_ROWS * g->k : NULL;
+    if (left) turn_panel(g->join, g->join->sites + (m - g->matrices), n0, left);
+    float sums[2][4][256] __attribute__((aligned(64)));
+    quant4_waiting waiting = {0};
+    int turn = 0;
+    for (int64_t t0 = 0; t0 < g->tokens; t0 += 32, turn ^= 1) {
         int wide = g->tokens - t0 > 16;
         const bf16 *x = g->x_packed + t0 * g->k;
-        if (wide) multiply_tiles(a0, a1, a_step, a_row, x, tiles, 1, sums);
-        else multiply_tiles(a0, a1, a_step, a_row, x, tiles, 0, sums);
-        for (int i = 0; i < (wide ? 4 : 2); i++) store_tile(m, g->tokens, sums[i], n0 + i % 2 * 16, t0 + i / 2 * 16);
+        if (wide) multiply_tiles(a0, a1, a_step, a_row, x, tiles, 1, sums[turn], m, g, n0, t0, left, &waiting);
+        else multiply_tiles(a0, a1, a_step, a_row, x, tiles, 0, sums[turn], m, g, n0, t0, left, &waiting);
+        waiting = (quant4_waiting){sums[turn][0], t0, wide ? 2 : 1};
     }
+    store_next(m, g->tokens, n0, &waiting);
+    store_next(m, g->tokens, n0, &waiting);
 }
 
 static void quant4_tiles(const quant4_args *g) {
@@ -132,7 +172,7 @@ static void quant4_tiles(const quant4_args *g) {
     }
 #pragma omp parallel num_threads(g->threads)
     {
-        bf16 *panel = g->panels + omp_get_thread_num() * Q4_ROWS * g->k;
+        bf16 *panel = g->panels + omp_get_thread_num() * g->panel_size;
         _tile_loadconfig(&shape);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < token_tiles * runs; i++) {

@@ -109,9 +109,8 @@ static int64_t project(const quant4_matrix *matrices, const lora_site *sites, in
         }
         at += matrices[i].n;
     }
-    int64_t failed = mh_matmul(threads, amx, own, count, x, k, s->tokens, k);
-    if (failed || !sites || !s->segments) return failed;
-    return mh_lora_add(0, amx, threads, own_sites, count, x, k, k, s->order, s->slots, s->offsets, s->segments);
+    return mh_project(threads, amx, own, sites ? own_sites : NULL, count, x, k, s->tokens, k, s->order, s->slots,
+                      s->offsets, s->segments);
 }
 
 /* hidden [tokens][hidden] goes through all layers, in place; the last norm is not among them. parts: what adapters do

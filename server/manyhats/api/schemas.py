@@ -79,7 +79,7 @@ class SamplingFields(StrictModel):
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=10)] = None
     logit_bias: LogitBias = ()
-    seed: Annotated[int | None, Field(ge=-(2**63), le=2**63 - 1)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     n: Annotated[int | None, Field(ge=1)] = None
     stop: Stops = ()
     stop_token_ids: list[int] | None = None

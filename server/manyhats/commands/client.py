@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 from urllib.parse import quote
 
 import httpx
@@ -15,6 +15,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 _PAGE = 1000
+_BROKEN: Final = (httpx.NetworkError, httpx.RemoteProtocolError)
+"""What a connection that was refused or reset, or ended before the answer, comes as."""
 
 UrlOption = Annotated[
     str,
@@ -49,7 +51,7 @@ class Client:
     def call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         """The answer of one call; ends the command where it is refused or does not come."""
         try:
-            answer = self._http.request(method, path, **options)
+            answer = self._answer(method, path, **options)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             fail(f"no answer from {self._http.base_url}: {error}")
         try:
@@ -60,6 +62,20 @@ class Client:
         except (ValueError, TypeError, KeyError):
             fail(f"{self._http.base_url} is no Manyhats server: {answer.status_code} to {path}")
         fail(str(message))
+
+    def _answer(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """One answer. A GET whose connection breaks is asked once more, on a new connection.
+
+        A server may close an idle connection just as it is used again, and nobody can tell then
+        whether it took the call: what only reads may be asked twice, nothing else is. (The
+        transport's own ``retries`` are of connecting alone, whatever the method.)
+        """
+        try:
+            return self._http.request(method, path, **options)
+        except _BROKEN:
+            if method != "GET":
+                raise
+        return self._http.request(method, path, **options)
 
     def change(self, name: str, action: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """``POST /admin/adapters/{name}/{action}``; what is None in ``body`` is left out."""

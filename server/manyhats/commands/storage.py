@@ -65,6 +65,9 @@ def put_back(settings: Settings, base: str | None, source: Path, *, replace: boo
 
 @contextmanager
 def _kept(settings: Settings, base: str, *, exclusive: bool) -> Iterator[Kept]:
+    from manyhats.drift.opening import FILE_NAME
+    from manyhats.drift.opening import open_store as open_drift_store
+    from manyhats.drift.records import NameRecords
     from manyhats.lifecycle.backup import Kept
     from manyhats.lifecycle.build import open_adapters, open_store
     from manyhats.tenancy.build import open_stores
@@ -75,7 +78,9 @@ def _kept(settings: Settings, base: str, *, exclusive: bool) -> Iterator[Kept]:
         tenants, usage = open_stores(settings, settings.registry_file(base))
         stack.callback(tenants.close)
         stack.callback(usage.close)
-        yield Kept(registry, adapters, tenants, usage)
+        drift = open_drift_store(settings, settings.base_folder(base) / FILE_NAME)
+        stack.callback(drift.close)
+        yield Kept(registry, adapters, tenants, usage, NameRecords(drift))
 
 
 def _base(settings: Settings, base: str | None) -> str:

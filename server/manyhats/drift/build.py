@@ -15,10 +15,9 @@ from manyhats.drift.actions import Actor
 from manyhats.drift.archive import Archive
 from manyhats.drift.evaluated import EvaluationReferences
 from manyhats.drift.monitor import DriftMonitor, Names, Options
+from manyhats.drift.opening import open_store
 from manyhats.drift.rescoring import Compare, Rescorer
 from manyhats.drift.revalidation import Evaluations, Owned, Revalidation
-from manyhats.drift.store import DriftStore
-from manyhats.drift.store_sqlite import SqliteDriftStore
 from manyhats.drift.track import Layout
 from manyhats.drift.validation import Validations
 from manyhats.drift.watch import Sizes
@@ -87,7 +86,8 @@ def open_drift(
     ``compare`` scores at most ``longest`` tokens again. Raises ConfigError and ServiceError.
     """
     webhook = _webhook(settings, metrics)
-    store, replica = _store(settings, path)
+    store = open_store(settings, path)
+    replica = None if settings.redis_url is None else uuid.uuid4().hex  # others share it
     archive = Archive(store, replica, clock)
     actor = Actor(rollouts, store, metrics, webhook.send if webhook else None, clock)
     validations = Validations(store, clock)
@@ -137,16 +137,6 @@ def options_of(settings: Settings) -> Options:
         canary_share=settings.drift_canary_share,
         alpha=settings.drift_alpha,
     )
-
-
-def _store(settings: Settings, path: Path) -> tuple[DriftStore, str | None]:
-    """(the store, this server's id in it where others share it)."""
-    if settings.redis_url is None:
-        return SqliteDriftStore(path), None
-    from manyhats.drift.store_redis import RedisDriftStore  # redis only where it is used
-
-    url = settings.redis_url.get_secret_value()
-    return RedisDriftStore(url, path.parent.name), uuid.uuid4().hex
 
 
 def _webhook(settings: Settings, metrics: DriftMetrics) -> Webhook | None:

@@ -35,6 +35,7 @@ class Projections:
 
     __slots__ = (
         "_adapted",
+        "_all_adapted",
         "_base",
         "_bits",
         "_fused",
@@ -50,6 +51,7 @@ class Projections:
     ) -> None:
         self._adapted = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
         self._base = [layer.base if isinstance(layer, AdaptedLayer) else layer for layer in layers]
+        self._all_adapted = len(self._adapted) == len(layers)
         self._bits = sum(layer.bit for layer in self._adapted)
         self._matmul = backend if isinstance(backend, GroupedMatmul) else None
         self._matrices = matrices
@@ -85,6 +87,13 @@ class Projections:
             return [layer(x) for layer in self._adapted]
         if self._fused is not None:
             ys = self._fused(x, self._pools.worn(state), state)
+            self._pools.finish(ys, state)
+            return ys
+        sites = self._pools.sites
+        if self._matmul and self._matrices and sites and self._all_adapted:
+            flat = x.reshape(-1, x.shape[-1])
+            ys = self._matmul.matmul_lora_group(flat, self._matrices, sites, state.adapters)
+            ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
             self._pools.finish(ys, state)
             return ys
         ys = self._plain(x)

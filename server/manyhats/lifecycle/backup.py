@@ -2,14 +2,16 @@
 
 ::
 
-    manifest.json      the format, the base, and the SHA-256 of the three files below
+    manifest.json      the format, the base, and the SHA-256 of the four files below
     registry.json      the key, a document a name, evaluations, and the whole audit log
     tenants.json       tenants, keys (their digests) and grants
     usage.json         usage by day, tenant and adapter
+    drift.json         of drift detection what is the names': policies and what these go by
     adapters/          the bytes, laid out as in an adapter store
 
 It is of no kind of store: what was backed up from SQLite can be restored into Redis, and back.
-Each version is copied through its digest, both ways, and the audit log must be whole.
+Each version is copied through its digest, both ways, and the audit log must be whole. A backup
+without drift.json is of a server that did not write it: it has no policies.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.store import AdapterStore
@@ -39,11 +41,24 @@ FORMAT: Final = 1
 
 _TRIES: Final = 5
 _MANIFEST: Final = "manifest.json"
-_PARTS: Final = ("registry.json", "tenants.json", "usage.json")
+_PARTS: Final = ("registry.json", "tenants.json", "usage.json", "drift.json")
+_OPTIONAL: Final = "drift.json"
 _TAR: Final = ".tar"
 
 Progress = Callable[[Iterable[Digest], int], Iterable[Digest]]
 """Shows how far one is: given the digests and their number, gives them one after the other."""
+
+
+class Records(Protocol):
+    """What others keep of the names of a registry: texts by key. Every call may block, and raises
+    ServiceError.
+    """
+
+    def read(self) -> Mapping[str, str]:
+        """All of them."""
+
+    def replace(self, texts: Mapping[str, str]) -> None:
+        """Put ``texts`` in the place of all that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,7 @@ class Kept:
     adapters: AdapterStore
     tenants: TenantStore
     usage: UsageStore
+    drift: Records
 
 
 def backup(kept: Kept, base: str, out: Path, progress: Progress) -> int:
@@ -73,7 +89,8 @@ def backup(kept: Kept, base: str, out: Path, progress: Progress) -> int:
             count = len(copies.list())
         _, tenants = kept.tenants.read()
         usage = [[*key, *counts] for key, counts in kept.usage.read(0).items()]
-        parts = dict(zip(_PARTS, (_shown(dump), tenants, usage), strict=True))
+        values = (_shown(dump), tenants, usage, dict(kept.drift.read()))
+        parts = dict(zip(_PARTS, values, strict=True))
         hashes = {name: _write(folder / name, value) for name, value in parts.items()}
         _write(folder / _MANIFEST, {"format": FORMAT, "base": base, "sha256": hashes})
         if out.suffix == _TAR:
@@ -98,7 +115,7 @@ def restore(source: Path, kept: Kept, progress: Progress, *, replace: bool = Fal
             folder = Path(scratch)
             with tarfile.open(source) as tar:
                 tar.extractall(folder, filter="data")
-        registry, tenants, usage = _read(folder)
+        registry, tenants, usage, drift = _read(folder)
         dump = _parsed(registry)
         if not replace and (kept.registry.head() != Head() or kept.registry.read()[1]):
             raise ConfigError("there is a registry already; --replace puts the backup in its place")
@@ -108,6 +125,7 @@ def restore(source: Path, kept: Kept, progress: Progress, *, replace: bool = Fal
                 _copy(copies, kept.adapters, digest)
         kept.adapters.claim(hashlib.sha256(dump.key).hexdigest(), replace=True)
         _restore_tenants(kept.tenants, tenants)
+        kept.drift.replace(drift)
         kept.registry.load(dump)
         tally = {UsageKey(*row[:3]): Counts(*row[3:]) for row in usage}
         kept.usage.replace(tally)
@@ -207,14 +225,17 @@ def _write(path: Path, value: Any) -> str:
 
 
 def _read(folder: Path) -> list[Any]:
+    """What ``_PARTS`` hold; one that is optional and was not written holds nothing."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_bytes())
-        contents = {name: (folder / name).read_bytes() for name in _PARTS}
+        given = manifest.get("sha256", {})
+        parts = [name for name in _PARTS if name in given or name != _OPTIONAL]
+        contents = {name: (folder / name).read_bytes() for name in parts}
     except (OSError, ValueError) as exc:
         raise ConfigError(f"this is no backup: {exc}") from exc
     if manifest.get("format") != FORMAT:
         raise ConfigError(f"the backup has format {manifest.get('format')}, not {FORMAT}")
     for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
+        if hashlib.sha256(content).hexdigest() != given.get(name):
             raise ConfigError(f"{name} of the backup is damaged")
-    return [json.loads(content) for content in contents.values()]
+    return [json.loads(contents[name]) if name in contents else {} for name in _PARTS]

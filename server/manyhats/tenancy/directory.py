@@ -68,6 +68,12 @@ class TenantDirectory:
         """Whether a key was ever issued (revoked and expired ones count: the door stays shut)."""
         return bool(self._state.keys)
 
+    @property
+    def key_counts(self) -> tuple[int, int]:
+        """(Issued keys that can be used now, all that were ever issued)."""
+        now, issued = self._clock(), self._state.keys.values()
+        return sum(key.usable(now) for key in issued), len(issued)
+
     def tenant(self, ident: str) -> Tenant:
         """One tenant. Raises NotFoundError."""
         found = self._state.tenants.get(ident)
