@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -223,12 +223,13 @@ def _tensors(part: object) -> list[torch.Tensor]:
     # A list, and fields listed once a type: a load counts the tensors of hundreds of sites.
     if isinstance(part, torch.Tensor):
         return [part]
-    inner = part if isinstance(part, tuple) else [getattr(part, n) for n in _names(type(part))]
+    kind: type[Any] = type(part)
+    inner = part if isinstance(part, tuple) else [getattr(part, name) for name in _names(kind)]
     return [tensor for item in inner if item is not None for tensor in _tensors(item)]
 
 
 @cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: type[Any]) -> tuple[str, ...]:
     """The fields of a dataclass; nothing of any other type."""
     return tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
 
