@@ -7,10 +7,9 @@ dotted name). The engine and the kernels know only these parts, so families mix 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
@@ -220,18 +219,12 @@ class SiteParts:
 
 
 def _tensors(part: object) -> list[torch.Tensor]:
-    # A list, and fields listed once a type: a load counts the tensors of hundreds of sites.
+    # A list, and no call of fields(): a load counts the tensors of hundreds of sites.
     if isinstance(part, torch.Tensor):
         return [part]
-    kind: type[Any] = type(part)
-    inner = part if isinstance(part, tuple) else [getattr(part, name) for name in _names(kind)]
+    names: Iterable[str] = getattr(part, "__dataclass_fields__", ())
+    inner = part if isinstance(part, tuple) else [getattr(part, name) for name in names]
     return [tensor for item in inner if item is not None for tensor in _tensors(item)]
-
-
-@cache
-def _names(kind: type[Any]) -> tuple[str, ...]:
-    """The fields of a dataclass; nothing of any other type."""
-    return tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
 
 
 @dataclass(frozen=True, slots=True)
