@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
@@ -19,8 +18,10 @@ from fastapi import FastAPI
 
 from manyhats.adapters.base_weights import BaseWeights
 from manyhats.adapters.derived import DerivedFile
-from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
+from manyhats.adapters.files import AdapterLimits, parse_weights, read_config
+from manyhats.adapters.folder import AdapterFolder
 from manyhats.adapters.formats import compile_adapter
+from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.sources.address import AllowList
 from manyhats.api import (
@@ -274,12 +275,12 @@ def register_roots(application: Application) -> None:
 
 
 def _compile_folder(
-    folder: Path, *, settings: Settings, base: BaseModel, base_weights: BaseWeights
+    folder: AdapterFolder, *, settings: Settings, base: BaseModel, base_weights: BaseWeights
 ) -> CompiledAdapter:
     limits = AdapterLimits.of(settings)
-    config = read_config_file(folder / "adapter_config.json", limits)
-    weights = read_weights(folder / "adapter_model.safetensors", limits)
-    derived = DerivedFile(folder, base.spec.digest, limits)
+    config = read_config(folder.read(CONFIG_NAME, limits.max_config_bytes), limits)
+    weights = parse_weights(folder.read(WEIGHTS_NAME, limits.max_bytes), limits)
+    derived = DerivedFile(folder.path, base.spec.digest, limits)
     compiled = compile_adapter(
         config,
         weights,
@@ -290,6 +291,7 @@ def _compile_folder(
         base_weights=base_weights,
         derived=derived,
     )
+    folder.check()  # nothing that damaged bytes gave is kept
     derived.save()
     return compiled
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from support import adapterhub
 from support.families import TABLES, Good, good_adapters
 
-from manyhats.adapters.files import all_finite
+from manyhats.adapters.finite import all_finite
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
 from manyhats.errors import AdapterRejectedError

@@ -109,7 +109,7 @@ def everything(settings: Settings):
     with stores(settings) as kept:
         for digest in kept.adapters.list():
             kept.adapters.verified(digest)
-            compile_folder(kept.adapters.path(digest))
+            compile_folder(kept.adapters.open(digest))
         _, tenants = kept.tenants.read()
         drift = kept.drift.read()
         return kept.registry.dump(), kept.adapters.list(), tenants, kept.usage.read(0), drift

@@ -21,6 +21,7 @@ from support.adapter_service import (
     write_adapter,
 )
 
+from manyhats.adapters.folder import AdapterFolder
 from manyhats.adapters.host import HostCache
 from manyhats.errors import (
     AdapterLoadError,
@@ -85,7 +86,7 @@ def test_a_registered_adapter_can_be_resolved_listed_and_loaded(adapters):
     assert adapters.store.list() == [card.ref.digest]
     assert adapters.leftovers() == []
     loaded = load_adapter(adapters.store, compile_folder, card.ref.digest)
-    original = compile_folder(adapters.root / "pirate-1")
+    original = compile_folder(AdapterFolder(adapters.root / "pirate-1"))
     assert loaded.digest == card.ref.digest
     assert torch.equal(loaded.sites[SITE].low_rank.a, original.sites[SITE].low_rank.a)
     assert torch.equal(loaded.sites[SITE].low_rank.b, original.sites[SITE].low_rank.b)
@@ -259,7 +260,7 @@ def test_what_is_damaged_on_the_disk_fails_alone(adapters):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # the last weight, by its last bit: still a well-formed file
     path.write_bytes(content)
-    compile_folder(path.parent)
+    compile_folder(AdapterFolder(path.parent))
     with pytest.raises(AdapterLoadError, match=f"{WEIGHTS} of adapter .* is damaged on the disk"):
         load_adapter(adapters.store, compile_folder, bad.ref.digest)
     assert load_adapter(adapters.store, compile_folder, good.ref.digest).max_rank == 2

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from manyhats.adapters.files import AdapterLimits, read_config_file, read_weights
+from manyhats.adapters.files import AdapterLimits, parse_weights, read_config
+from manyhats.adapters.folder import AdapterFolder
 from manyhats.adapters.formats import compile_adapter
 from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteKind, SiteSpec
@@ -62,11 +63,11 @@ def write_adapter(folder: Path, seed: int = 0, rank: int = 2) -> Path:
     return folder
 
 
-def compile_folder(folder: Path) -> CompiledAdapter:
+def compile_folder(folder: AdapterFolder) -> CompiledAdapter:
     """The real importer over BASE, ranks up to 8."""
     return compile_adapter(
-        read_config_file(folder / CONFIG_NAME, LIMITS),
-        read_weights(folder / WEIGHTS_NAME, LIMITS),
+        read_config(folder.read(CONFIG_NAME, LIMITS.max_config_bytes), LIMITS),
+        parse_weights(folder.read(WEIGHTS_NAME, LIMITS.max_bytes), LIMITS),
         BASE,
         LIMITS,
         digest=Digest(""),

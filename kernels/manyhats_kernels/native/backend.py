@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -12,15 +11,12 @@ import torch
 from torch import Tensor
 
 from manyhats_kernels.backend import (
-    SiteRows,
     check_attention,
     check_bias,
-    check_lora,
     check_store,
 )
 from manyhats_kernels.batch import AdapterBatch, AttentionBatch
 from manyhats_kernels.cpu import attend_sequence
-from manyhats_kernels.groups import SiteGroup, SiteWeights
 from manyhats_kernels.native.build import build, load
 from manyhats_kernels.native.dense import NativeDense
 from manyhats_kernels.native.parts import (
@@ -29,13 +25,12 @@ from manyhats_kernels.native.parts import (
     NativeParts,
     check_memory,
 )
-from manyhats_kernels.native.products import NativeProducts, check_segments
+from manyhats_kernels.native.products import NativeProducts
 from manyhats_kernels.native.stack import NativeStack
 from manyhats_kernels.stack import MAX_HEAD_DIM
 
 _P, _L, _I, _F = c_void_p, c_int64, c_int, c_float
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
-    "mh_lora_add": (_L, [_I, _I, _I, _P, _L, _P, _L, _L, _P, _P, _P, _L]),
     "mh_bias_add": (None, [_I, _I, _P, _L, _P, _L, _L, _P, _P, _L]),
     "mh_store_kv": (None, [_L, _I, _P, _P, _P, _P, _L, _L, _L, _L, _P, _L, _L, _L, _L]),
     "mh_attention": (
@@ -63,7 +58,6 @@ class NativeBackend(NativeProducts, NativeParts, NativeDense, NativeStack):
         for name, (result, arguments) in _SIGNATURES.items():
             entry = getattr(library, name)
             entry.restype, entry.argtypes = result, arguments
-        self._lora_add = library.mh_lora_add
         self._bias_add = library.mh_bias_add
         self._store_kv = library.mh_store_kv
         self._attention = library.mh_attention
@@ -80,44 +74,6 @@ class NativeBackend(NativeProducts, NativeParts, NativeDense, NativeStack):
         Raises BackendUnavailableError, with the reason, where that cannot be done.
         """
         return cls(load(build(shutil.which("cc"), cache_dir)))
-
-    def lora_add(
-        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: SiteRows, batch: AdapterBatch
-    ) -> None:
-        """See :meth:`Backend.lora_add`: a group of one."""
-        check_lora(y, x, a, b, rows, batch)
-        self.lora_add_group([y], x, SiteGroup([SiteWeights(a, b, rows)]), batch)
-
-    def lora_add_group(
-        self, ys: Sequence[Tensor], x: Tensor, group: SiteGroup, batch: AdapterBatch
-    ) -> None:
-        """See :meth:`Backend.lora_add_group`: one call, one parallel region.
-
-        Segments of every length take the same way: for a rank of 16 a pair of bf16 GEMMs is no
-        quicker at 512 tokens and would round the product in between. (At rank 64 it is, by two to
-        three times.)
-        """
-        segments = batch.segments
-        if not segments:
-            return
-        group.check(ys, x, batch.num_tokens, batch.num_slots)
-        fields = group.descriptor_for(ys)
-        order, slots, offsets = batch.pointers
-        failed = self._lora_add(
-            DTYPE_CODES[x.dtype],
-            self._amx,
-            torch.get_num_threads(),
-            fields,
-            len(ys),
-            x.data_ptr(),
-            x.stride(0),
-            group.in_features,
-            order,
-            slots,
-            offsets,
-            len(segments),
-        )
-        check_segments(failed, group, batch)
 
     def bias_add(self, y: Tensor, bias: Tensor, batch: AdapterBatch) -> None:
         """See :meth:`Backend.bias_add`."""

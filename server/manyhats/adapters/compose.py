@@ -20,7 +20,8 @@ from typing import Final
 
 import torch
 
-from manyhats.adapters.files import AdapterLimits, all_finite
+from manyhats.adapters.files import AdapterLimits
+from manyhats.adapters.finite import all_finite
 from manyhats.adapters.parts import CompiledAdapter, LowRank, Prefix, Rows, SiteParts
 from manyhats.errors import AdapterRejectedError
 from manyhats.types import AdapterRef, Composition, CompositionKind, Digest

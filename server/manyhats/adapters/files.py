@@ -9,17 +9,14 @@ change after it was checked.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-
-from manyhats.adapters.header import Header, TensorInfo, parse_header
+from manyhats.adapters.header import parse_header
 from manyhats.adapters.names import (
     ADAPTERHUB_WEIGHTS_NAME,
     CONFIG_NAME,
@@ -27,6 +24,7 @@ from manyhats.adapters.names import (
     WEIGHTS_NAME,
 )
 from manyhats.adapters.strict_json import parse_object, shown
+from manyhats.adapters.weights_file import WeightsFile
 from manyhats.config import Settings
 from manyhats.errors import AdapterRejectedError
 
@@ -38,6 +36,7 @@ _PICKLED_NAMES: Final = (
     "pytorch_adapter.bin",
 )
 _MAX_CONFIG_DEPTH: Final = 16
+_READ_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,62 +75,6 @@ class AdapterFiles:
 
     config_path: Path
     weights_path: Path
-
-
-class WeightsFile:
-    """A checked safetensors file in memory. Tensors are views of it, made when asked for.
-
-    Immutable after construction, so any thread may read it.
-    """
-
-    def __init__(self, data: bytearray, header: Header) -> None:
-        self._data = data
-        self._header = header
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """What the file holds, by name."""
-        return self._header.tensors
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The header's own metadata; trusted for nothing."""
-        return self._header.metadata
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole file."""
-        return len(self._data)
-
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor ``name`` in the file's dtype and shape, on the CPU; it shares the file's
-        memory: do not write.
-
-        Raises:
-            AdapterRejectedError: ``non_finite`` where a value is NaN or infinite,
-                ``missing_tensors`` where the file has no such tensor.
-        """
-        info = self.tensors.get(name)
-        if info is None:
-            raise AdapterRejectedError("missing_tensors", f"the file has no tensor {shown(name)}")
-        if info.begin == info.end:
-            return torch.empty(info.shape, dtype=info.dtype)
-        buffer: bytearray | memoryview = memoryview(self._data)[info.begin : info.end]
-        if info.begin % info.dtype.itemsize:
-            # the format does not promise the alignment that torch's loads want
-            buffer = bytearray(buffer)
-        tensor = torch.frombuffer(buffer, dtype=info.dtype).reshape(info.shape)
-        if not all_finite(tensor):
-            raise AdapterRejectedError("non_finite", f"{shown(name)} holds NaN or infinite values")
-        return tensor
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value of a float tensor is NaN or infinite, in one pass."""
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)  # both are NaN where any value is
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def locate(folder: Path, roots: Sequence[Path]) -> AdapterFiles:
@@ -221,9 +164,11 @@ def parse_weights(data: bytes | bytearray, limits: AdapterLimits) -> WeightsFile
     return WeightsFile(data if isinstance(data, bytearray) else bytearray(data), header)
 
 
-def read_file(path: Path, max_bytes: int) -> bytearray:
+def read_file(
+    path: Path, max_bytes: int, seen: Callable[[memoryview], None] | None = None
+) -> bytearray:
     """The bytes of a regular file of at most ``max_bytes``; the size is checked before anything is
-    read.
+    read. ``seen`` is given each stretch of what is returned, in order, as soon as it is there.
 
     Raises:
         AdapterRejectedError: ``missing_file`` (absent or not readable), ``path_not_allowed`` (a
@@ -238,7 +183,12 @@ def read_file(path: Path, max_bytes: int) -> bytearray:
             raise _too_large(path.name, status.st_size, max_bytes)
         data = bytearray(status.st_size)
         view, filled = memoryview(data), 0
-        while filled < len(data) and (count := os.readv(fd, [view[filled:]])):
+        while filled < len(data):
+            count = os.readv(fd, [view[filled : filled + _READ_BYTES]])
+            if not count:
+                break
+            if seen is not None:
+                seen(view[filled : filled + count])
             filled += count
     finally:
         os.close(fd)

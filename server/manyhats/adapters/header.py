@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -29,6 +31,8 @@ _PREFIX_BYTES: Final = 8
 _MAX_NAME: Final = 512
 _MAX_DIMENSIONS: Final = 3
 _MAX_DEPTH: Final = 4  # header, entry, list
+_KEPT_BYTES: Final = 1 << 18
+"""Of the longest header that is kept parsed."""
 _FIELDS: Final = frozenset({"dtype", "shape", "data_offsets"})
 _METADATA: Final = "__metadata__"
 # The first byte of a pickle (protocol 2 on) and of a zip archive (torch.save's format). A
@@ -47,6 +51,11 @@ class TensorInfo:
     begin: int
     end: int
 
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return (self.end - self.begin) // self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
@@ -64,14 +73,27 @@ def parse_header(data: bytes | bytearray, *, max_header_bytes: int, max_tensors:
             ``too_large`` (more tensors than ``max_tensors``), ``unsupported_dtype``,
             ``shape_mismatch`` (no or over three dimensions).
     """
+    pickled = data[:2].startswith(_PICKLE_MAGIC)
     try:
-        raw, start = _raw_header(data, max_header_bytes)
+        text, start = _text(data, max_header_bytes)
     except AdapterRejectedError:
-        if data[:2].startswith(_PICKLE_MAGIC):
-            raise AdapterRejectedError(
-                "pickle_refused",
-                "the weights are a pickle or a zip archive; only safetensors is read",
-            ) from None
+        _refuse_pickle(pickled)
+        raise
+    parse = _parse if len(text) <= _KEPT_BYTES else _parse.__wrapped__
+    return parse(text, start, len(data), max_tensors, pickled)
+
+
+@lru_cache(maxsize=8)
+def _parse(text: bytes, start: int, size: int, max_tensors: int, pickled: bool) -> Header:
+    """What ``text``, the header of a file of ``size`` bytes, says. A header tells names and shapes
+    alone, so the adapters of one recipe have the same: each is parsed once.
+    """
+    try:
+        raw = parse_object(
+            text, reason="bad_header", what="the safetensors header", max_depth=_MAX_DEPTH
+        )
+    except AdapterRejectedError:
+        _refuse_pickle(pickled)
         raise
     metadata = _metadata(raw.pop(_METADATA, {}))
     if len(raw) > max_tensors:
@@ -81,11 +103,20 @@ def parse_header(data: bytes | bytearray, *, max_header_bytes: int, max_tensors:
     entries = sorted(
         (_entry(name, entry, start) for name, entry in raw.items()), key=lambda e: e.begin
     )
-    _check_cover(entries, start, len(data))
-    return Header(tensors={entry.name: entry for entry in entries}, metadata=metadata)
+    _check_cover(entries, start, size)
+    tensors = MappingProxyType({entry.name: entry for entry in entries})
+    return Header(tensors=tensors, metadata=MappingProxyType(metadata))
 
 
-def _raw_header(data: bytes | bytearray, max_header_bytes: int) -> tuple[dict[str, object], int]:
+def _refuse_pickle(pickled: bool) -> None:
+    if pickled:
+        raise AdapterRejectedError(
+            "pickle_refused", "the weights are a pickle or a zip archive; only safetensors is read"
+        ) from None
+
+
+def _text(data: bytes | bytearray, max_header_bytes: int) -> tuple[bytes, int]:
+    """The header's text and where it ends."""
     if len(data) < _PREFIX_BYTES:
         raise _bad(f"the file has {len(data)} bytes, less than a header's {_PREFIX_BYTES}")
     length = int.from_bytes(data[:_PREFIX_BYTES], "little")
@@ -96,15 +127,13 @@ def _raw_header(data: bytes | bytearray, max_header_bytes: int) -> tuple[dict[st
         )
     if length > max_header_bytes:
         raise _bad(f"the header has {length} bytes, over the bound of {max_header_bytes}")
-    text = data[_PREFIX_BYTES:start]
+    text = bytes(data[_PREFIX_BYTES:start])
     if not text.startswith(b"{"):
         raise _bad("the header does not begin with '{'")
-    return parse_object(
-        text, reason="bad_header", what="the safetensors header", max_depth=_MAX_DEPTH
-    ), start
+    return text, start
 
 
-def _metadata(value: object) -> Mapping[str, str]:
+def _metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise _bad(f"{_METADATA} is not an object of strings")
     return value
@@ -145,8 +174,10 @@ def _entry(name: str, entry: object, start: int) -> TensorInfo:
 def _integers(value: object, name: str, field: str) -> tuple[int, ...]:
     # type() and not isinstance: true is no integer here. 2**63 bounds what an error message can
     # hold, too.
-    if not isinstance(value, list) or not all(
-        type(item) is int and 0 <= item < 2**63 for item in value
+    if (
+        not isinstance(value, list)
+        or any(type(item) is not int for item in value)
+        or (value and not 0 <= min(value) <= max(value) < 2**63)
     ):
         raise _bad(f"{field} of {shown(name)} is not a list of non-negative integers")
     return tuple(value)

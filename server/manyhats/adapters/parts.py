@@ -7,8 +7,8 @@ dotted name). The engine and the kernels know only these parts, so families mix 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
@@ -215,30 +215,21 @@ class SiteParts:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        return sum(t.nbytes for t in _tensors(self))
 
 
-def _tensors(part: object) -> Iterator[torch.Tensor]:
+def _tensors(part: object) -> list[torch.Tensor]:
+    # A list, and no call of fields(): a load counts the tensors of hundreds of sites.
     if isinstance(part, torch.Tensor):
-        yield part
-    elif isinstance(part, tuple):
-        for item in part:
-            yield from _tensors(item)
-    elif part is not None:
-        for name in field_names(type(part)):
-            yield from _tensors(getattr(part, name))
+        return [part]
+    inner = part if isinstance(part, tuple) else [getattr(part, n) for n in field_names(type(part))]
+    return [tensor for item in inner if item is not None for tensor in _tensors(item)]
 
 
-def field_names(kind: type) -> tuple[str, ...]:
+def field_names(kind: type) -> Iterable[str]:
     """The fields of a kind of part; none of what is no part, but a value."""
-    names = _FIELDS.get(kind)
-    if names is None:
-        found = tuple(item.name for item in fields(kind)) if is_dataclass(kind) else ()
-        names = _FIELDS[kind] = found
+    names: Iterable[str] = getattr(kind, "__dataclass_fields__", ())
     return names
-
-
-_FIELDS: dict[type, tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Final
 
+from manyhats.adapters.folder import AdapterFolder
 from manyhats.adapters.names import CONFIG_NAME, WEIGHTS_NAME
 from manyhats.errors import AdapterRejectedError, ServiceError
 from manyhats.types import Digest
@@ -49,6 +50,11 @@ class Staging:
         self._files: dict[str, FileIO] = {}
         self._hashes = {name: hashlib.sha256() for name in FILES}
         self._lengths = dict.fromkeys(FILES, 0)
+
+    @property
+    def folder(self) -> AdapterFolder:
+        """What is there as a compilation reads it."""
+        return AdapterFolder(self.path)
 
     def write(self, name: str, chunk: bytes) -> None:
         """Append ``chunk`` to the file ``name`` (one of FILES); readable through ``path`` at once.

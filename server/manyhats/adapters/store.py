@@ -24,12 +24,14 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from manyhats.adapters.derived import TEMPORARY
+from manyhats.adapters.folder import StoredFolder
 from manyhats.adapters.lock import locked, try_lock
 from manyhats.adapters.staging import MANIFEST, Staging, disk, remove, sync_folder
 from manyhats.errors import AdapterLoadError, ConfigError
@@ -37,6 +39,8 @@ from manyhats.types import Digest
 
 _ABANDONED_S: Final = 3600
 _LOCK: Final = "lock"
+_HASHING: Final = 2
+"""Threads, as many as bring adapters to the host at once; they start with the first load."""
 _MARK: Final = "registry"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -49,6 +53,7 @@ class AdapterStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._lock = threading.Lock()
+        self._hashing = ThreadPoolExecutor(_HASHING, thread_name_prefix="adapter-digest")
         with disk():
             root.mkdir(parents=True, exist_ok=True)
             with locked(root / _LOCK, exclusive=True):
@@ -59,6 +64,7 @@ class AdapterStore:
 
     def close(self) -> None:
         """Leave nothing behind but the versions."""
+        self._hashing.shutdown()
         with self._lock:
             if self._mine is not None:
                 remove(self._tmp)
@@ -135,17 +141,14 @@ class AdapterStore:
 
     def path(self, digest: Digest) -> Path:
         """The version's folder, its files and their lengths checked. Raises AdapterLoadError."""
-        folder = self._folder(digest)
-        for name, (length, _) in self._manifest(digest).items():
-            try:
-                size = (folder / name).stat().st_size
-            except OSError as exc:
-                raise AdapterLoadError(f"{name} of adapter {digest} cannot be read: {exc}") from exc
-            if size != length:
-                raise AdapterLoadError(
-                    f"{name} of adapter {digest} has {size} bytes on the disk, not {length}"
-                )
-        return folder
+        return self._checked(digest, self._manifest(digest))
+
+    def open(self, digest: Digest) -> StoredFolder:
+        """``path``, for who reads the files and has them checked while they are worked on."""
+        manifest = self._manifest(digest)
+        path = self._checked(digest, manifest)
+        sha256 = {name: sha for name, (_, sha) in manifest.items()}
+        return StoredFolder(path, digest, sha256, self._hashing)
 
     def verified(self, digest: Digest) -> Path:
         """``path`` of a version that is what its digest says. Reads everything.
@@ -218,6 +221,19 @@ class AdapterStore:
         if hashlib.sha256(content).hexdigest() != digest:
             raise AdapterLoadError(f"{MANIFEST} of adapter {digest} is damaged on the disk")
         return {name: (length, sha) for name, length, sha in json.loads(content)["files"]}
+
+    def _checked(self, digest: Digest, manifest: Mapping[str, tuple[int, str]]) -> Path:
+        folder = self._folder(digest)
+        for name, (length, _) in manifest.items():
+            try:
+                size = (folder / name).stat().st_size
+            except OSError as exc:
+                raise AdapterLoadError(f"{name} of adapter {digest} cannot be read: {exc}") from exc
+            if size != length:
+                raise AdapterLoadError(
+                    f"{name} of adapter {digest} has {size} bytes on the disk, not {length}"
+                )
+        return folder
 
     def intact(self, digest: Digest) -> bool:
         """Whether the version is there, and what its digest says. Reads everything."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from manyhats.errors import AdapterRejectedError
 
 _SHOWN_CHARS = 120
 _SHOWN_NAMES = 6
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+"""What a string must have in its text to hold half a character: UTF-8 has none itself."""
 
 
 def shown(value: object) -> str:
@@ -46,15 +49,18 @@ def parse_object(
             not finite, an escape that is no character, or nesting over the bound.
     """
     try:
+        text = data.decode("utf-8")
         parsed = json.loads(
-            data.decode("utf-8"),
+            text,
             object_pairs_hook=_unique,
             parse_constant=_not_finite,
             parse_float=_finite,
         )
         if not isinstance(parsed, dict):
             raise ValueError(f"a {type(parsed).__name__} where an object must be")
-        _walk(parsed, max_depth)
+        _check_depth(parsed, max_depth)
+        if _SURROGATE.search(text):
+            _check_characters(parsed)
     except RecursionError:
         raise AdapterRejectedError(reason, f"{what} is nested deeper than {max_depth}") from None
     except ValueError as error:  # UnicodeError and JSONDecodeError are ValueErrors
@@ -90,27 +96,32 @@ def _finite(text: str) -> float:
     return number
 
 
-def _walk(root: dict[str, object], max_depth: int) -> None:
-    """Check depth and strings without recursion, so that no input can exhaust the stack."""
+def _check_depth(root: dict[str, object], max_depth: int) -> None:
+    """Without recursion, so that no input can exhaust the stack."""
     level: list[object] = [root]
     for _ in range(max_depth):
-        deeper: list[object] = []
+        level = [
+            inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {max_depth}")
+
+
+def _check_characters(root: dict[str, object]) -> None:
+    """No key and no string holds half a character. The depth is bounded."""
+    level: list[object] = [root]
+    while level:
         for value in level:
-            inside: Iterable[object] = ()
             if isinstance(value, dict):
                 for key in value:
                     key.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError
-                inside = value.values()
-            elif isinstance(value, list):
-                inside = value
             elif isinstance(value, str):
                 value.encode("utf-8")
-            deeper.extend(inside)
-        if not deeper:
-            return
-        level = deeper
-    if any(isinstance(value, dict | list) for value in level):
-        raise ValueError(f"nested deeper than {max_depth}")
-    for value in level:
-        if isinstance(value, str):
-            value.encode("utf-8")
+        level = [inner for outer in level for inner in _inside(outer)]
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -8,7 +8,7 @@ Who sits where is decided by ``adapters.slots.SlotTable``; this file only holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,6 +26,8 @@ from manyhats.errors import AdapterLoadError
 from manyhats_kernels import AdapterBatch, Backend, SiteRows
 from manyhats_kernels.groups import SiteGroup, SiteWeights
 
+_ALIGNED = 4
+"""Numbers of 16 bytes: where a site's part of the table of rows begins, as kernels want it."""
 OVERRIDE_PAGE = 1 << 16
 """Bytes of a page of the budget for whole tensors."""
 
@@ -33,21 +35,19 @@ OVERRIDE_PAGE = 1 << 16
 class SitePool:
     """The rows of a linear site or the head, and the product with them.
 
-    ``extras`` holds all other parts. Reads happen on the step thread, writes on the loader's; a
+    ``extras`` holds all other parts; ``rows``, who owns which rows, is written by the whole pool
+    for all sites at once. Reads happen on the step thread, writes on the loader's; a
     writer touches only the rows of a slot that no running step wears. The head's pool comes into
     being with the first adapter that has rows there.
     """
 
     __slots__ = ("_a", "_b", "_backend", "_config", "_row_slots", "_rows", "extras", "spec")
 
-    def __init__(self, spec: SiteSpec, config: PoolConfig) -> None:
+    def __init__(self, spec: SiteSpec, config: PoolConfig, rows: SiteRows) -> None:
         self.spec = spec
         self.extras = LinearExtras(spec, config)
         self._config = config
-        self._rows = SiteRows(
-            start=torch.zeros(config.slots, dtype=torch.int32, device=config.device),
-            count=torch.zeros(config.slots, dtype=torch.int32, device=config.device),
-        )
+        self._rows = rows
         self._row_slots = 0
         self._backend = config.backend
         self._allocate(0 if spec.kind is SiteKind.HEAD else config.rows)
@@ -72,13 +72,11 @@ class SitePool:
         """See ``Site.write``."""
         low_rank = parts.low_rank
         if low_rank is not None:
-            if not len(self._a):
+            if not self._a.shape[0]:
                 self._allocate(self._config.rows)
             stop = start + low_rank.rank
             self._a[start:stop].copy_(low_rank.a)
             self._b[start:stop].copy_(low_rank.b)
-            self._rows.start[slot] = start
-            self._rows.count[slot] = low_rank.rank
             self._row_slots |= 1 << slot
         self.extras.write(slot, parts)
 
@@ -91,7 +89,6 @@ class SitePool:
     def clear(self, slot: int) -> None:
         """See ``Site.clear``."""
         self._row_slots &= ~(1 << slot)
-        self._rows.count[slot] = 0
         self.extras.clear(slot)
 
     def apply(
@@ -119,6 +116,35 @@ class SitePool:
         spec, config = self.spec, self._config
         self._a = torch.empty((rows, spec.in_features), dtype=config.dtype, device=config.device)
         self._b = torch.empty((rows, spec.out_features), dtype=config.dtype, device=config.device)
+
+
+class RowTable:
+    """Which rank rows each slot owns at each linear site: one tensor for all sites, since hundreds
+    of single numbers cost a call, on a GPU a launch, each.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, sites: int, slots: int, device: torch.device) -> None:
+        width = -(-slots // _ALIGNED) * _ALIGNED
+        self._values = torch.zeros((sites, 2, width), dtype=torch.int32, device=device)
+        self._values = self._values[..., :slots]
+
+    def of_site(self, index: int) -> SiteRows:
+        """The table's part of one site, as kernels take it."""
+        start, count = self._values[index]
+        return SiteRows(start=start, count=count)
+
+    def write(self, slot: int, runs: Mapping[int, tuple[int, int]]) -> None:
+        """Sets the slot's runs: a site's index to (start, count)."""
+        column = torch.zeros(self._values.shape[:2], dtype=torch.int32)
+        if runs:
+            column[list(runs)] = torch.tensor(list(runs.values()), dtype=torch.int32)
+        self._values[..., slot].copy_(column)
+
+    def clear(self, slot: int) -> None:
+        """The slot owns nothing."""
+        self._values[..., slot].zero_()
 
 
 class PoolGroup:
@@ -167,13 +193,12 @@ class PoolGroup:
 
 
 _SITES: dict[SiteKind, Callable[[SiteSpec, PoolConfig], Site]] = {
-    SiteKind.LINEAR: SitePool,
-    SiteKind.HEAD: SitePool,
     SiteKind.NORM: NormSite,
     SiteKind.EMBEDDING: EmbeddingSite,
     SiteKind.ATTENTION: PrefixSite,
     SiteKind.RESIDUAL: ResidualSite,
 }
+_LINEAR = frozenset({SiteKind.LINEAR, SiteKind.HEAD})
 _PAGED = frozenset({SiteKind.LINEAR, SiteKind.HEAD, SiteKind.RESIDUAL})
 
 
@@ -199,7 +224,13 @@ class AdapterPool:
         self.rows = rows
         self._pages = override_bytes // OVERRIDE_PAGE
         config = PoolConfig(rows, slots, dtype, device, backend)
-        self.sites = tuple(_SITES[spec.kind](spec, config) for spec in sites)
+        self._rows = RowTable(len(sites), slots, device)
+        self.sites: tuple[Site, ...] = tuple(
+            SitePool(spec, config, self._rows.of_site(i))
+            if spec.kind in _LINEAR
+            else _SITES[spec.kind](spec, config)
+            for i, spec in enumerate(sites)
+        )
         self._index = {site.spec.name: i for i, site in enumerate(self.sites)}
         paged = [site for site in self.sites if site.spec.kind in _PAGED]
         self._place = {site.spec.name: i for i, site in enumerate(paged)}
@@ -276,6 +307,7 @@ class AdapterPool:
                 self._sites_of_slot[slot] = used
                 at = self._place.get(name)
                 self.sites[self._index[name]].write(slot, 0 if at is None else starts[at], parts)
+            self._rows.write(slot, self._runs(starts, adapter))
         except BaseException:
             self.clear(slot)
             raise
@@ -310,9 +342,18 @@ class AdapterPool:
         for index, site in enumerate(self.sites):
             if used >> index & 1:
                 site.clear(slot)
+        self._rows.clear(slot)
         self._others &= ~(1 << slot)
         self.launches.clear(slot)
         self._version += 1
+
+    def _runs(self, starts: Sequence[int], adapter: CompiledAdapter) -> dict[int, tuple[int, int]]:
+        """The adapter's rank rows by a linear site's index."""
+        return {
+            self._index[name]: (starts[self._place[name]], parts.low_rank.rank)
+            for name, parts in adapter.sites.items()
+            if parts.low_rank is not None and isinstance(self._site(name), SitePool)
+        }
 
     def _is_product(self, name: str, parts: SiteParts) -> bool:
         """Whether a site's parts are rank rows at a linear layer and nothing else."""

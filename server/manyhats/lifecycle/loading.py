@@ -7,11 +7,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Final, Protocol
 
 from manyhats.adapters.compose import compose
 from manyhats.adapters.files import AdapterLimits
+from manyhats.adapters.folder import AdapterFolder
 from manyhats.adapters.parts import CompiledAdapter
 from manyhats.adapters.store import AdapterStore
 from manyhats.errors import AdapterLoadError, AdapterRejectedError
@@ -20,8 +20,9 @@ from manyhats.types import AdapterRef, Digest
 
 _DROPPED_REMEMBERED: Final = 1024
 
-Compile = Callable[[Path], CompiledAdapter]
-"""Reads and checks a version's folder. Raises AdapterRejectedError. The digest is put in later."""
+Compile = Callable[[AdapterFolder], CompiledAdapter]
+"""Reads and checks a version's folder. Raises AdapterRejectedError, and what the folder's ``check``
+raises, which it calls before it keeps anything. The digest is put in later."""
 
 
 class Residency(Protocol):
@@ -42,7 +43,7 @@ def checked(
     ``check`` raises AdapterRejectedError.
     """
 
-    def run(folder: Path) -> CompiledAdapter:
+    def run(folder: AdapterFolder) -> CompiledAdapter:
         adapter = compile_folder(folder)
         digest = Digest(f"unregistered-{secrets.token_hex(16)}")
         check(AdapterRef("(unregistered)", 1, digest, adapter.virtual_tokens), adapter)
@@ -52,16 +53,20 @@ def checked(
 
 
 def load_adapter(store: AdapterStore, compile_folder: Compile, digest: Digest) -> CompiledAdapter:
-    """A version out of the store, its bytes held to the digest (a GB takes about half a second, and
-    no step waits), in canonical form: what fills the host tier.
+    """A version out of the store in canonical form: what fills the host tier. Its bytes are held to
+    the digest while they are compiled, and nothing is returned before that is done.
 
     Raises AdapterLoadError, also for what was accepted once and is no longer (damaged bytes, a
     lower ``max_rank``).
     """
+    folder = store.open(digest)
     try:
-        return replace(compile_folder(store.verified(digest)), digest=digest)
+        adapter = compile_folder(folder)
     except AdapterRejectedError as exc:
+        folder.check()  # damage is told as such, whatever it looks like
         raise AdapterLoadError(f"adapter {digest} can no longer be served: {exc.message}") from exc
+    folder.check()
+    return replace(adapter, digest=digest)
 
 
 def load_lanes(

@@ -201,7 +201,7 @@ class AdapterService:
         self.check(name)
         staging.check_complete()
         with self._compiling:
-            compiled = self._compile(staging.path)
+            compiled = self._compile(staging.folder)
             family, max_rank, nbytes = compiled.family, compiled.max_rank, compiled.nbytes
             virtual_tokens = compiled.virtual_tokens
             told = (registration or Registration()).noting(compiled.conversion)

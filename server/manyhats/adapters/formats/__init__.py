@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from manyhats.adapters.base_weights import BaseWeights
-from manyhats.adapters.files import AdapterLimits, WeightsFile
+from manyhats.adapters.files import AdapterLimits
 from manyhats.adapters.formats.adalora import compile_adalora
 from manyhats.adapters.formats.adapterhub import compile_adapterhub, is_adapterhub
 from manyhats.adapters.formats.bitfit import compile_beft, compile_bitfit
@@ -33,6 +33,7 @@ from manyhats.adapters.formats.tuner import compile_tuner
 from manyhats.adapters.formats.vera import VERA
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter
 from manyhats.adapters.strict_json import shown
+from manyhats.adapters.weights_file import WeightsFile
 from manyhats.errors import AdapterRejectedError
 from manyhats.types import Digest
 

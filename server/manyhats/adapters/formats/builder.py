@@ -49,8 +49,11 @@ class Builder:
     ) -> None:
         """``a``: [rank, in]; ``b``: [rank, out], the scaling folded in. Rank 0 is no part."""
         if a.shape[0]:
-            part = LowRank(a=self._job.cast(a, source_a), b=self._job.cast(b, source_b))
-            self._put(site, low_rank=part)
+            self.product(site, self._job.cast(a, source_a), self._job.cast(b, source_b))
+
+    def product(self, site: SiteSpec, a: torch.Tensor, b: torch.Tensor) -> None:
+        """The same of what is in the parts' dtype, contiguous and finite already."""
+        self._put(site, low_rank=LowRank(a=a, b=b))
 
     def bias(self, site: SiteSpec, delta: torch.Tensor, source: str) -> None:
         """Add to what is added to the output, [out]; all zero is no part."""
@@ -142,7 +145,10 @@ class Builder:
         return found
 
     def _put(self, site: SiteSpec, **parts: object) -> None:
-        known = self._parts.get(site.name, SiteParts())
+        known = self._parts.get(site.name)
+        if known is None:
+            self._parts[site.name] = SiteParts(**parts)  # type: ignore[arg-type]
+            return
         for name in parts:
             if getattr(known, name) is not None:
                 raise AdapterRejectedError(

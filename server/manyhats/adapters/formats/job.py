@@ -13,11 +13,13 @@ from typing import Final, Protocol
 import torch
 
 from manyhats.adapters.base_weights import BaseWeights
-from manyhats.adapters.files import AdapterLimits, WeightsFile, all_finite
+from manyhats.adapters.files import AdapterLimits
+from manyhats.adapters.finite import all_finite
 from manyhats.adapters.formats.builder import Builder
 from manyhats.adapters.formats.patterns import Matcher
 from manyhats.adapters.parts import BaseSpec, CompiledAdapter, SiteSpec
 from manyhats.adapters.strict_json import listed, shown
+from manyhats.adapters.weights_file import WeightsFile
 from manyhats.errors import AdapterRejectedError
 from manyhats.types import Digest
 
@@ -65,10 +67,14 @@ class Job:
         """A contiguous copy in the parts' dtype; refused where a value does not fit it."""
         # contiguous_format, or the copy would keep a transposed layout
         cast = tensor.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.check_fits(cast, source)
+        return cast
+
+    def check_fits(self, cast: torch.Tensor, source: str) -> None:
+        """Refuse a tensor in the parts' dtype that has a value which did not fit it."""
         if not all_finite(cast):
             dtype = str(self.dtype).removeprefix("torch.")
             raise AdapterRejectedError("non_finite", f"{source}, once scaled, does not fit {dtype}")
-        return cast
 
     def base_weight(self, site: SiteSpec) -> torch.Tensor:
         """The base's weight of a site; see ``BaseWeights.weight``."""

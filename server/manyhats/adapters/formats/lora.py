@@ -20,6 +20,7 @@ from manyhats.adapters.formats.biases import bias_section
 from manyhats.adapters.formats.builder import Builder
 from manyhats.adapters.formats.job import PREFIX, Job, Section, Shape, assemble
 from manyhats.adapters.formats.lora_config import LoraSettings, parse_settings
+from manyhats.adapters.formats.plain import Product, put_products
 from manyhats.adapters.formats.resized import resized_section
 from manyhats.adapters.formats.saved import saved_section
 from manyhats.adapters.formats.targets import LINEAR_KINDS, PatternTable, matched_sites
@@ -96,24 +97,23 @@ def _low_rank_section(job: Job, settings: LoraSettings, sites: list[SiteSpec]) -
 
 
 def _build(job: Job, targets: list[_Target], builder: Builder) -> None:
+    put_products(
+        job, builder, [Product(t.site, t.a, t.b, t.scaling * t.site.scale) for t in targets]
+    )
     for target in targets:
-        a = job.tensor(target.a)
-        # scaled in fp32, before the one rounding to the parts' dtype
-        b = job.tensor(target.b).t() * (target.scaling * target.site.scale)
         if target.magnitude is not None:
-            _magnitude(job, target, target.magnitude, a, b, builder)
+            _magnitude(job, target, target.magnitude, builder)
         if target.inner_bias is not None:
             inner = job.tensor(target.inner_bias) * target.scaling
             builder.bias(target.site, inner, target.inner_bias)
-        builder.low_rank(target.site, a, b, target.a, target.b)
 
 
-def _magnitude(
-    job: Job, target: _Target, name: str, a: torch.Tensor, b: torch.Tensor, builder: Builder
-) -> None:
+def _magnitude(job: Job, target: _Target, name: str, builder: Builder) -> None:
     site = target.site
 
     def norm() -> dict[str, torch.Tensor]:
+        a = job.tensor(target.a)
+        b = job.tensor(target.b).t() * target.scaling
         weight = job.base_weight(site)
         return {"norm": torch.linalg.norm(torch.addmm(weight, b.t(), a), dim=1)}
 

@@ -145,6 +145,11 @@ def _target_test(settings: Selection, matcher: Matcher) -> Callable[[SiteSpec], 
         pattern = matcher.compile(targets, "target_modules")
         return lambda site: pattern.fullmatch(site.name)
     in_layer = _layer_test(settings, matcher)
+    if not any("." in target for target in targets):  # then it can only be the last segment
+        return lambda site: (
+            site.name.rpartition(".")[2] in targets
+            and (site.name in targets or in_layer(site.name))
+        )
     # a name given in full is not subject to layers_to_transform
     return lambda site: (
         site.name in targets

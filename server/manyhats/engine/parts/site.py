@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from operator import attrgetter
+from typing import Final, Protocol
 
 import torch
 
@@ -17,6 +18,9 @@ from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
 from manyhats_kernels import Backend
 from manyhats_kernels.stack_parts import VectorRows
+
+_FIELDS: Final = tuple(item.name for item in fields(SiteParts))
+_VALUES: Final = attrgetter(*_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,13 @@ class Site(Protocol):
 
 def fields_of(parts: SiteParts) -> set[str]:
     """The names of the parts that are there."""
-    values = ((item.name, getattr(parts, item.name)) for item in fields(parts))
-    return {name for name, value in values if value is not None and value != ()}
+    values = _VALUES(parts)
+    # No comparison with (): a tensor would be compared value by value.
+    return {
+        name
+        for name, value in zip(_FIELDS, values, strict=True)
+        if not (value is None or (isinstance(value, tuple) and not value))
+    }
 
 
 def refuse_others(parts: SiteParts, spec: SiteSpec, served: frozenset[str]) -> None:
