@@ -14,7 +14,8 @@ from manyhats.engine.parts.embedding import AdaptedEmbedding, EmbeddingSite
 from manyhats.engine.parts.norm import AdaptedNorm, NormSite
 from manyhats.engine.parts.prefix import PrefixSite
 from manyhats.engine.parts.residual import BlockEntry, BlockExit, ResidualSite, StreamIn
-from manyhats.engine.pool import AdapterPool, SitePool
+from manyhats.engine.pool import AdapterPool
+from manyhats.engine.site_pool import SitePool
 from manyhats.engine.step import StepState
 
 

@@ -17,7 +17,7 @@ from manyhats.engine.hooks import Hook
 from manyhats.engine.layers import AdaptedLayer
 from manyhats.engine.model.fourbit import FourBitLinear
 from manyhats.engine.model.inputs import SharedInputs
-from manyhats.engine.pool import PoolGroup
+from manyhats.engine.site_pool import PoolGroup
 from manyhats.engine.step import StepState
 from manyhats_kernels import Backend
 from manyhats_kernels.fourbit import FourBitWeight

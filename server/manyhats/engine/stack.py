@@ -21,8 +21,9 @@ from manyhats.engine.attention import AttentionShape, PagedAttention
 from manyhats.engine.hooks import plain_forward
 from manyhats.engine.model.fused import FusedGate, FusedNorm
 from manyhats.engine.model.load import BaseModel
-from manyhats.engine.pool import AdapterPool, SitePool
+from manyhats.engine.pool import AdapterPool
 from manyhats.engine.projections import matrix_group
+from manyhats.engine.site_pool import SitePool
 from manyhats.engine.stack_parts import LINEAR, LayerSites, PartsOfStack, layer_sites
 from manyhats.engine.step import StepState
 from manyhats_kernels import AdapterBatch, AttentionBatch, Backend

@@ -15,7 +15,8 @@ from manyhats.engine.model.load import BaseModel
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.parts.norm import NormSite
 from manyhats.engine.parts.residual import ResidualSite
-from manyhats.engine.pool import AdapterPool, SitePool
+from manyhats.engine.pool import AdapterPool
+from manyhats.engine.site_pool import SitePool
 from manyhats.engine.step import StepState
 from manyhats_kernels.stack import LayerStack
 from manyhats_kernels.stack_parts import LayerParts, LinearParts, NormParts, StackParts
