@@ -148,7 +148,7 @@ async def _stuck_source(place: Place, web: Any, http: httpx.AsyncClient, clients
 
 async def corrupt(place: Place) -> Told:
     """A version's bytes change on the disk."""
-    names = ["a", "b", "c", "d", "e"]
+    names = list("abcdefghi")  # more than device and host tier hold between them
     clients = Clients([], {"damaged adapter": ["a"], "other adapters": names[1:]})
     async with place.server() as (_, http):
         clients.servers = [http]

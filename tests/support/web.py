@@ -42,6 +42,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def end_headers(self) -> None:
+        self.send_header("connection", "close")  # a client must not send on what is being closed
+        super().end_headers()
+
     def do_HEAD(self) -> None:
         self.do_GET()
 
