@@ -36,6 +36,13 @@ INLINE void transpose16(__m512 *r) {
     memcpy(r, s, sizeof s);
 }
 
+/* Thirty-two bf16: the even ones and the odd ones rounded. */
+INLINE __m512i weave(__m512 even, __m512 odd) {
+    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(woven, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
 typedef struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } tile_shape;
 #else
 EXPORT int mh_amx(void) { return 0; }

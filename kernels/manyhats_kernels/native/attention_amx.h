@@ -131,8 +131,6 @@ static void prompt_scores(const prompt_args *a, const bf16 *block, int64_t block
 /* One sixteen of rows: scores of positions base ... to weights, against the running maximum; scales what was summed. */
 INLINE void prompt_soften(const attn_args *g, float *scores, bf16 *weights, int64_t positions, int64_t base, vi32 at,
                           vf *max, vf *sum, float *out, int64_t width) {
-    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     int all_seen = g->window <= 0 && base + positions - 1 <= at[0]; /* the first row is the earliest */
     vf top = *max, total = zero();
     for (int64_t j = 0; j < positions; j++) {
@@ -150,8 +148,7 @@ INLINE void prompt_soften(const attn_args *g, float *scores, bf16 *weights, int6
         vf first = exp_nonpositive(load_fp32(scores + j * 16) - top);
         vf second = exp_nonpositive(load_fp32(scores + j * 16 + 16) - top);
         total += first + second;
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-        _mm512_storeu_si512(weights + j * 16, _mm512_permutexvar_epi16(woven, both));
+        _mm512_storeu_si512(weights + j * 16, weave((__m512)first, (__m512)second));
     }
     vf factor = exp_nonpositive(*max - top);
     *sum = *sum * factor + total;

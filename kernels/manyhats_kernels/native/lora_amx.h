@@ -166,14 +166,11 @@ INLINE void interleave_rows(bf16 *panel, int64_t step, const bf16 *b, int64_t st
 
 /* y += sums of 32 columns, of which `have` are there: the even and the odd ones. */
 INLINE void add_columns(bf16 *y, __m512 even, __m512 odd, int64_t have) {
-    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __mmask32 mask = (__mmask32)(have >= 32 ? ~0u : (1u << have) - 1);
     __m512i old = _mm512_maskz_loadu_epi16(mask, y);
     even = _mm512_add_ps(even, (__m512)_mm512_slli_epi32(old, 16));
     odd = _mm512_add_ps(odd, (__m512)_mm512_and_si512(old, _mm512_set1_epi32((int)0xffff0000)));
-    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_mask_storeu_epi16(y, mask, _mm512_permutexvar_epi16(woven, both));
+    _mm512_mask_storeu_epi16(y, mask, weave(even, odd));
 }
 
 /* The expand of one token, sums in the order of the tiles: within a chunk of rank rows the even ones, the odd ones,

@@ -37,8 +37,6 @@ INLINE void pack_plain(bf16 *first, bf16 *second, const bf16 *x, int64_t stride,
 /* Sums of thirty-two outputs [2][16][16 tokens] to sixteen tokens' rows of y, as many of them as there are. */
 INLINE void store_tiles(const quant4_matrix *m, int64_t all_tokens, const float *sums, int64_t n0, int64_t t0) {
     int64_t outputs = least(32, m->n - n0), tokens = least(16, all_tokens - t0);
-    const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __mmask32 mask = (__mmask32)(outputs >= 32 ? ~0u : (1u << outputs) - 1);
     __m512 rows[16]; /* of pairs of outputs */
     if (m->bias) {
@@ -49,12 +47,11 @@ INLINE void store_tiles(const quant4_matrix *m, int64_t all_tokens, const float 
         for (int i = 0; i < 16; i++) {
             __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 32 * i), _mm512_set1_ps(bias[2 * i]));
             __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + 32 * i + 16), _mm512_set1_ps(bias[2 * i + 1]));
-            rows[i] = (__m512)_mm512_permutexvar_epi16(woven, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+            rows[i] = (__m512)weave(even, odd);
         }
     } else
         for (int i = 0; i < 16; i++)
-            rows[i] = (__m512)_mm512_permutexvar_epi16(
-                woven, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums + 32 * i + 16), _mm512_load_ps(sums + 32 * i)));
+            rows[i] = (__m512)weave(_mm512_load_ps(sums + 32 * i), _mm512_load_ps(sums + 32 * i + 16));
     transpose16(rows);
     bf16 *y = m->y + t0 * m->y_stride + n0;
     if (outputs == 32 && tokens == 16)
