@@ -298,7 +298,11 @@ def test_an_equal_adapter_takes_the_others_place(disk):
         cache.replace(A, lambda _: other)
         assert held is not other
     assert cache.get(A) is other
+    assert cache.replace(A, lambda _: pytest.fail("A has been replaced")) == 0
     cache.replace(B, lambda _: pytest.fail("B is not here"))
+    cache.put(B, adapter(B, 40))
+    assert cache.replace(B, lambda _: pytest.fail("B came back as it should be")) == 0
+    cache.drop(B)
     assert (disk.loads[A], cache.bytes_used, B in cache) == (1, 40, False)
 
 

@@ -17,12 +17,15 @@ from manyhats.types import Digest
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """An adapter in memory. ``detached``: no longer to be found, counted while it is held."""
+    """An adapter in memory. ``detached``: no longer to be found, counted while it is held.
+    ``replaced``: need not be by an equal one.
+    """
 
     adapter: CompiledAdapter
     nbytes: int
     holds: int = 0
     detached: bool = False
+    replaced: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -134,18 +137,20 @@ class HostCache:
             if known or held + detached + nbytes > self._capacity:
                 return
             self._make_room(nbytes, evicted)
-            self._entries[digest] = _Entry(adapter, nbytes)
+            self._entries[digest] = _Entry(adapter, nbytes, replaced=True)
             self._used += nbytes
         self._tell(evicted)
 
     def replace(self, digest: Digest, equal: Callable[[CompiledAdapter], CompiledAdapter]) -> int:
-        """Put ``equal`` of an adapter in its place: the same, in other memory. Those who have the
-        old one keep it. Returns its bytes, 0 where it is not here and nothing happens.
+        """Put ``equal`` of an adapter in its place, once: the same, in other memory. Those who have
+        the old one keep it. Returns its bytes, 0 where it is not here or has been replaced (or come
+        back by ``put``) before, and nothing happens.
         """
         with self._changed:
             entry = self._entries.get(digest)
-        if entry is None:
-            return 0
+            if entry is None or entry.replaced:
+                return 0
+            entry.replaced = True
         entry.adapter = equal(entry.adapter)
         return entry.nbytes
 
