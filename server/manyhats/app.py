@@ -279,7 +279,9 @@ def _compile_folder(
 ) -> CompiledAdapter:
     limits = AdapterLimits.of(settings)
     config = read_config(folder.read(CONFIG_NAME, limits.max_config_bytes), limits)
-    weights = parse_weights(folder.read(WEIGHTS_NAME, limits.max_bytes), limits)
+    data = folder.read(WEIGHTS_NAME, limits.max_bytes)
+    # What was compiled once is known to be finite, if it is what it was: see check() below.
+    weights = parse_weights(data, limits, finite=folder.accepted)
     derived = DerivedFile(folder.path, base.spec.digest, limits)
     compiled = compile_adapter(
         config,

@@ -18,7 +18,7 @@ from manyhats.app import _compile_folder
 from manyhats.config import Settings
 from manyhats.engine.model.spec import site_modules
 from manyhats.engine.model.weights import LoadedWeights
-from manyhats.errors import AdapterLoadError
+from manyhats.errors import AdapterLoadError, AdapterRejectedError
 from manyhats.lifecycle.loading import load_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,6 +87,19 @@ def test_a_damaged_byte_is_told_as_such_and_leaves_nothing(version, compile_fold
     with pytest.raises(AdapterLoadError, match=f"{name} of adapter {digest} is damaged"):
         load_adapter(store, compile_folder, digest)
     assert derived(store, digest) == []
+
+
+def test_damage_that_is_no_number_is_told_as_damage(version, compile_folder):
+    """Values of a version were looked at when it was registered; its digest is what is held to."""
+    store, digest = version
+    path = store.path(digest) / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x00\xc0\x7f"  # a float32 that is NaN
+    path.write_bytes(data)
+    with pytest.raises(AdapterLoadError, match="damaged on the disk"):
+        load_adapter(store, compile_folder, digest)
+    with pytest.raises(AdapterRejectedError, match="NaN or infinite"):
+        compile_folder(AdapterFolder(store.path(digest)))
 
 
 def test_who_compiles_damaged_bytes_gets_no_adapter_from_it(version, compile_folder):

@@ -113,3 +113,10 @@ def test_a_known_header_before_too_few_bytes_is_refused():
         parse_weights(whole[:-1], LIMITS)
     with pytest.raises(AdapterRejectedError, match="over the bound of 0"):
         parse_weights(whole, AdapterLimits(max_tensors=0))
+
+
+def test_values_that_are_known_to_be_finite_are_not_looked_at():
+    data = save({"a": torch.tensor([float("inf"), 1.0])})
+    with pytest.raises(AdapterRejectedError, match="NaN or infinite"):
+        parse_weights(data, LIMITS).load("a")
+    assert parse_weights(data, LIMITS, finite=True).load("a").tolist() == [float("inf"), 1.0]

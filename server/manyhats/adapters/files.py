@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from manyhats.adapters.header import parse_header
 from manyhats.adapters.names import (
     ADAPTERHUB_WEIGHTS_NAME,
@@ -124,7 +126,7 @@ def _refuse_head(home: Path) -> None:
             )
 
 
-def read_config(data: bytes | bytearray, limits: AdapterLimits) -> dict[str, object]:
+def read_config(data: bytes | memoryview, limits: AdapterLimits) -> dict[str, object]:
     """Parse the text of an adapter_config.json into an object of plain JSON values, all of them
     finite.
 
@@ -133,7 +135,9 @@ def read_config(data: bytes | bytearray, limits: AdapterLimits) -> dict[str, obj
     """
     if len(data) > limits.max_config_bytes:
         raise _too_large(CONFIG_NAME, len(data), limits.max_config_bytes)
-    return parse_object(data, reason="bad_config", what=CONFIG_NAME, max_depth=_MAX_CONFIG_DEPTH)
+    return parse_object(
+        bytes(data), reason="bad_config", what=CONFIG_NAME, max_depth=_MAX_CONFIG_DEPTH
+    )
 
 
 def read_config_file(path: Path, limits: AdapterLimits) -> dict[str, object]:
@@ -150,8 +154,11 @@ def read_weights(path: Path, limits: AdapterLimits) -> WeightsFile:
     return parse_weights(read_file(path, limits.max_bytes), limits)
 
 
-def parse_weights(data: bytes | bytearray, limits: AdapterLimits) -> WeightsFile:
-    """Check a whole safetensors file that is in memory already (copied if it is not a bytearray).
+def parse_weights(
+    data: bytes | bytearray | memoryview, limits: AdapterLimits, *, finite: bool = False
+) -> WeightsFile:
+    """Check a whole safetensors file that is in memory already (copied if it cannot be written to).
+    ``finite``: its values need not be looked at, they are known to be.
 
     Raises:
         AdapterRejectedError: ``too_large``, or what ``parse_header`` raises.
@@ -161,12 +168,13 @@ def parse_weights(data: bytes | bytearray, limits: AdapterLimits) -> WeightsFile
     header = parse_header(
         data, max_header_bytes=limits.max_header_bytes, max_tensors=limits.max_tensors
     )
-    return WeightsFile(data if isinstance(data, bytearray) else bytearray(data), header)
+    data = bytearray(data) if isinstance(data, bytes) else data
+    return WeightsFile(data, header, finite=finite)
 
 
 def read_file(
     path: Path, max_bytes: int, seen: Callable[[memoryview], None] | None = None
-) -> bytearray:
+) -> memoryview:
     """The bytes of a regular file of at most ``max_bytes``; the size is checked before anything is
     read. ``seen`` is given each stretch of what is returned, in order, as soon as it is there.
 
@@ -181,20 +189,24 @@ def read_file(
             raise AdapterRejectedError("path_not_allowed", f"{path.name} is not a regular file")
         if status.st_size > max_bytes:
             raise _too_large(path.name, status.st_size, max_bytes)
-        data = bytearray(status.st_size)
-        view, filled = memoryview(data), 0
+        data, filled = _room(status.st_size), 0
         while filled < len(data):
-            count = os.readv(fd, [view[filled : filled + _READ_BYTES]])
+            count = os.readv(fd, [data[filled : filled + _READ_BYTES]])
             if not count:
                 break
             if seen is not None:
-                seen(view[filled : filled + count])
+                seen(data[filled : filled + count])
             filled += count
     finally:
         os.close(fd)
     if filled < len(data):
         raise AdapterRejectedError("bad_header", f"{path.name} became shorter while it was read")
     return data
+
+
+def _room(size: int) -> memoryview:
+    """Bytes to read a file into. A large one's cost more to get, page by page, than to fill."""
+    return np.empty(size, np.uint8).data
 
 
 def _open(path: Path) -> int:

@@ -44,7 +44,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return _finite(tensor.detach().view(bits.as_torch).numpy(), bits)
 
 
-def finite_bytes(data: bytearray, begin: int, end: int, dtype: torch.dtype) -> bool:
+def finite_bytes(data: bytearray | memoryview, begin: int, end: int, dtype: torch.dtype) -> bool:
     """The same of the values that lie, little endian, from byte ``begin`` to ``end``, at any
     alignment.
     """

@@ -19,12 +19,17 @@ from manyhats.types import Digest
 
 
 class AdapterFolder:
-    """A folder of which nothing is known beforehand: one that is being registered."""
+    """A folder of which nothing is known beforehand: one that is being registered.
+
+    ``accepted``: its content has been compiled before, if ``check`` finds that it is what it was.
+    """
+
+    accepted = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, name: str, max_bytes: int) -> bytearray:
+    def read(self, name: str, max_bytes: int) -> memoryview:
         """The file ``name``, of at most ``max_bytes``. Raises what ``read_file`` raises."""
         return read_file(self.path / name, max_bytes)
 
@@ -37,6 +42,8 @@ class StoredFolder(AdapterFolder):
     thread.
     """
 
+    accepted = True
+
     def __init__(
         self, path: Path, digest: Digest, sha256: Mapping[str, str], threads: Executor
     ) -> None:
@@ -46,7 +53,7 @@ class StoredFolder(AdapterFolder):
         self._threads = threads
         self._read: dict[str, Future[str]] = {}
 
-    def read(self, name: str, max_bytes: int) -> bytearray:
+    def read(self, name: str, max_bytes: int) -> memoryview:
         """As ``AdapterFolder.read``; the bytes must not be written to before ``check``."""
         stretches: SimpleQueue[memoryview | None] = SimpleQueue()
         self._read[name] = self._threads.submit(_sha256, stretches)

@@ -65,7 +65,9 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def parse_header(data: bytes | bytearray, *, max_header_bytes: int, max_tensors: int) -> Header:
+def parse_header(
+    data: bytes | bytearray | memoryview, *, max_header_bytes: int, max_tensors: int
+) -> Header:
     """Check the header of a whole safetensors file.
 
     Raises:
@@ -73,7 +75,7 @@ def parse_header(data: bytes | bytearray, *, max_header_bytes: int, max_tensors:
             ``too_large`` (more tensors than ``max_tensors``), ``unsupported_dtype``,
             ``shape_mismatch`` (no or over three dimensions).
     """
-    pickled = data[:2].startswith(_PICKLE_MAGIC)
+    pickled = bytes(data[:2]).startswith(_PICKLE_MAGIC)
     try:
         text, start = _text(data, max_header_bytes)
     except AdapterRejectedError:
@@ -115,7 +117,7 @@ def _refuse_pickle(pickled: bool) -> None:
         ) from None
 
 
-def _text(data: bytes | bytearray, max_header_bytes: int) -> tuple[bytes, int]:
+def _text(data: bytes | bytearray | memoryview, max_header_bytes: int) -> tuple[bytes, int]:
     """The header's text and where it ends."""
     if len(data) < _PREFIX_BYTES:
         raise _bad(f"the file has {len(data)} bytes, less than a header's {_PREFIX_BYTES}")

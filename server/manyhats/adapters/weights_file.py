@@ -20,11 +20,14 @@ class WeightsFile:
     Immutable after construction, so any thread may read it.
     """
 
-    def __init__(self, data: bytearray, header: Header) -> None:
+    def __init__(
+        self, data: bytearray | memoryview, header: Header, *, finite: bool = False
+    ) -> None:
+        """``finite``: the values are known to be, and not looked at."""
         self._data = data
         self._header = header
         # One pass over each run of a dtype; which tensor fails is looked for when it is loaded.
-        self._finite = all(
+        self._finite = finite or all(
             finite_bytes(data, begin, end, dtype) for dtype, begin, end in _runs(header)
         )
 
@@ -60,7 +63,7 @@ class WeightsFile:
         buffer, offset = self._data, info.begin
         if offset % size:
             # the format does not promise the alignment that torch's loads want
-            buffer, offset = self._data[info.begin : info.end], 0
+            buffer, offset = bytearray(self._data[info.begin : info.end]), 0
         flat = torch.frombuffer(
             buffer, dtype=info.dtype, count=(info.end - info.begin) // size, offset=offset
         )

@@ -20,6 +20,7 @@ from manyhats.engine.parts.norm import NormSite
 from manyhats.engine.parts.prefix import PrefixSite
 from manyhats.engine.parts.residual import ResidualSite
 from manyhats.engine.parts.site import PoolConfig, Site, fields_of
+from manyhats.engine.row_memory import RowMemory
 from manyhats.engine.site_pool import RowTable, SitePool
 from manyhats.engine.step import StepState
 from manyhats.errors import AdapterLoadError
@@ -62,8 +63,10 @@ class AdapterPool:
         self._pages = override_bytes // OVERRIDE_PAGE
         config = PoolConfig(rows, slots, dtype, device, backend)
         self._rows = RowTable(len(sites), slots, device)
+        linear = [spec for spec in sites if spec.kind is SiteKind.LINEAR]
+        self._memory = RowMemory(linear, rows, dtype, device)
         self.sites: tuple[Site, ...] = tuple(
-            SitePool(spec, config, self._rows.of_site(i))
+            SitePool(spec, config, self._rows.of_site(i), self._memory)
             if spec.kind in _LINEAR
             else _SITES[spec.kind](spec, config)
             for i, spec in enumerate(sites)
@@ -131,7 +134,6 @@ class AdapterPool:
         What cannot be brought there whole leaves nothing behind.
         """
         self.clear(slot)
-        used = 0
         products = all(self._is_product(name, parts) for name, parts in adapter.sites.items())
         try:
             if not products:
@@ -139,12 +141,10 @@ class AdapterPool:
             self.launches.write(
                 slot, {name: self._site(name).launches(p) for name, p in adapter.sites.items()}
             )
-            for name, parts in adapter.sites.items():
-                used |= 1 << self._index[name]
-                self._sites_of_slot[slot] = used
-                at = self._place.get(name)
-                self.sites[self._index[name]].write(slot, 0 if at is None else starts[at], parts)
-            self._rows.write(slot, self._runs(starts, adapter))
+            self._write_sites(slot, starts, adapter)
+            runs = self._runs(starts, adapter)
+            self._rows.write(slot, {self._index[name]: run for name, run in runs.items()})
+            self._memory.wrote(runs)
         except BaseException:
             self.clear(slot)
             raise
@@ -152,6 +152,12 @@ class AdapterPool:
             named = (n for n, parts in adapter.sites.items() if parts.low_rank is not None)
             self._outlines[slot] = replace(adapter, sites=dict.fromkeys(named, SiteParts()))
         self._version += 1
+
+    def ahead(self) -> None:
+        """Gets ready for the next ``write`` what can be. Called beside the step loop, as that is,
+        while an adapter is on its way from the disk.
+        """
+        self._memory.ahead()
 
     def holds_all(self, slot: int) -> bool:
         """Whether a slot's adapter can be read back: all of it is rank rows of linear layers, in
@@ -184,10 +190,28 @@ class AdapterPool:
         self.launches.clear(slot)
         self._version += 1
 
-    def _runs(self, starts: Sequence[int], adapter: CompiledAdapter) -> dict[int, tuple[int, int]]:
-        """The adapter's rank rows by a linear site's index."""
+    def _write_sites(self, slot: int, starts: Sequence[int], adapter: CompiledAdapter) -> None:
+        used = 0
+        rows: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for name, parts in adapter.sites.items():
+            index = self._index[name]
+            used |= 1 << index
+            self._sites_of_slot[slot] = used
+            at = self._place.get(name)
+            start = 0 if at is None else starts[at]
+            site = self.sites[index]
+            site.write(slot, start, parts)
+            if parts.low_rank is not None and isinstance(site, SitePool):
+                rows += site.places(start, parts.low_rank.rank)
+                values += (parts.low_rank.a, parts.low_rank.b)
+        if rows:  # in one call: hundreds would cost more than what they copy
+            torch._foreach_copy_(rows, values)
+
+    def _runs(self, starts: Sequence[int], adapter: CompiledAdapter) -> dict[str, tuple[int, int]]:
+        """The adapter's rank rows by a linear site's name."""
         return {
-            self._index[name]: (starts[self._place[name]], parts.low_rank.rank)
+            name: (starts[self._place[name]], parts.low_rank.rank)
             for name, parts in adapter.sites.items()
             if parts.low_rank is not None and isinstance(self._site(name), SitePool)
         }

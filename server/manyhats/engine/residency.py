@@ -192,6 +192,8 @@ class AdapterResidency:
         if error is not None:
             return self._fail(seq, entry, error)
         if entry.needs is None:
+            if not entry.loading:
+                self._device_thread.submit(self._pool.ahead)
             self._start_host_load(entry)
             entry.waiters.add(seq.ticket)
             return _PENDING
@@ -263,7 +265,10 @@ class AdapterResidency:
 
     def _compose(self, ref: AdapterRef, composition: Composition) -> CompiledAdapter:
         members = [self._host.get(member.digest) for member in composition.members]
-        return compose(ref, composition, members, self._limits)
+        whole = compose(ref, composition, members, self._limits)
+        for member in composition.members:
+            self._exchange.pack(member.digest)
+        return whole
 
     def _load_host(self, ref: AdapterRef) -> None:
         started = time.monotonic()
@@ -283,13 +288,13 @@ class AdapterResidency:
         try:
             with self._hold(ref) as adapter:
                 self._pool.write(slot, starts, adapter)
-            self._exchange.placed(ref.digest, slot)
         except Exception as error:  # noqa: BLE001 - any failure is this adapter's alone, and is reported
             failure = as_load_error(ref, error)
             self._post(lambda: self._device_failed(ref, failure))
             return
         self._observer.adapter_loaded(ref.label, "device", time.monotonic() - started)
-        self._post(lambda: self._on_device(ref))
+        self._post(lambda: self._on_device(ref))  # who waits goes on; the host's memory can wait
+        self._exchange.placed(ref.digest, slot)
 
     # What the loads post: on the step thread again.
 

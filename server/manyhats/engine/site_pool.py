@@ -9,6 +9,7 @@ import torch
 from manyhats.adapters.parts import LowRank, SiteKind, SiteParts, SiteSpec
 from manyhats.engine.parts.linear import LinearExtras
 from manyhats.engine.parts.site import PoolConfig
+from manyhats.engine.row_memory import RowMemory
 from manyhats.engine.step import StepState
 from manyhats_kernels import AdapterBatch, Backend, SiteRows
 from manyhats_kernels.groups import SiteGroup, SiteWeights
@@ -21,21 +22,26 @@ class SitePool:
     """The rows of a linear site or the head, and the product with them.
 
     ``extras`` holds all other parts; ``rows``, who owns which rows, is written by the whole pool
-    for all sites at once. Reads happen on the step thread, writes on the loader's; a
-    writer touches only the rows of a slot that no running step wears. The head's pool comes into
-    being with the first adapter that has rows there.
+    for all sites at once, as the values of the rows are, which lie in ``memory``. Reads happen on
+    the step thread, writes on the loader's; a writer touches only the rows of a slot that no
+    running step wears. The head's pool comes into being with the first adapter that has rows there.
     """
 
     __slots__ = ("_a", "_b", "_backend", "_config", "_row_slots", "_rows", "extras", "spec")
 
-    def __init__(self, spec: SiteSpec, config: PoolConfig, rows: SiteRows) -> None:
+    def __init__(
+        self, spec: SiteSpec, config: PoolConfig, rows: SiteRows, memory: RowMemory
+    ) -> None:
         self.spec = spec
         self.extras = LinearExtras(spec, config)
         self._config = config
         self._rows = rows
         self._row_slots = 0
         self._backend = config.backend
-        self._allocate(0 if spec.kind is SiteKind.HEAD else config.rows)
+        if spec.kind is SiteKind.HEAD:
+            self._allocate(0)
+        else:
+            self._a, self._b = memory.of(spec.name)
 
     def check(self, parts: SiteParts) -> None:
         """See ``Site.check``."""
@@ -54,22 +60,22 @@ class SitePool:
         return self.extras.launches(parts)
 
     def write(self, slot: int, start: int, parts: SiteParts) -> None:
-        """See ``Site.write``."""
-        low_rank = parts.low_rank
-        if low_rank is not None:
+        """See ``Site.write``; the values of rank rows go to ``places``."""
+        if parts.low_rank is not None:
             if not self._a.shape[0]:
                 self._allocate(self._config.rows)
-            stop = start + low_rank.rank
-            self._a[start:stop].copy_(low_rank.a)
-            self._b[start:stop].copy_(low_rank.b)
             self._row_slots |= 1 << slot
         self.extras.write(slot, parts)
 
+    def places(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A's and B's rows of a run, which the whole pool writes for all sites at once."""
+        stop = start + count
+        return self._a[start:stop], self._b[start:stop]
+
     def read(self, slot: int) -> SiteParts:
         """What the slot has here, of its rank rows alone; views, until another has the rows."""
-        start = int(self._rows.start[slot])
-        stop = start + int(self._rows.count[slot])
-        return SiteParts(LowRank(self._a[start:stop], self._b[start:stop]))
+        start, count = int(self._rows.start[slot]), int(self._rows.count[slot])
+        return SiteParts(LowRank(*self.places(start, count)))
 
     def clear(self, slot: int) -> None:
         """See ``Site.clear``."""
@@ -97,7 +103,6 @@ class SitePool:
         return SiteWeights(self._a, self._b, self._rows)
 
     def _allocate(self, rows: int) -> None:
-        # torch.empty: on a CPU the pages cost nothing until an adapter is written to them.
         spec, config = self.spec, self._config
         self._a = torch.empty((rows, spec.in_features), dtype=config.dtype, device=config.device)
         self._b = torch.empty((rows, spec.out_features), dtype=config.dtype, device=config.device)

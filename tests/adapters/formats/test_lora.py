@@ -163,7 +163,7 @@ def test_the_words_all_linear_mean_what_peft_makes_of_them(bases, train):
         assert by_words.sites.keys() == linear
 
 
-def test_parts_are_contiguous_of_the_dtype_asked_for_and_independent_of_the_file(bases, train):
+def test_parts_are_contiguous_of_the_dtype_asked_for(bases, train):
     saved = train("gpt2", r=1, bias="all", fan_in_fan_out=True, target_modules=["c_attn"])
     exact = saved.compile(bases["gpt2"].spec)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -181,7 +181,6 @@ def test_parts_are_contiguous_of_the_dtype_asked_for_and_independent_of_the_file
             for tensor, wanted in tensors:
                 assert tensor.dtype == dtype
                 assert tensor.is_contiguous()
-                assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
                 torch.testing.assert_close(tensor, wanted.to(dtype), rtol=0, atol=0)
 
 

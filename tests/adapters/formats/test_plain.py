@@ -81,27 +81,20 @@ def test_stacks_of_any_size_are_bit_for_bit_what_each_tensor_gives_alone(
         assert site.low_rank.b.is_contiguous()
 
 
+@pytest.mark.parametrize("parts", DTYPES)
 @pytest.mark.parametrize("file", DTYPES)
-def test_the_file_is_not_written_to_and_not_shared(file):
-    tensors = random_tensors(file, rank_of)
-    data = bytearray(save(tensors))
-    kept = bytes(data)
-    weights = parse_weights(data, AdapterLimits())
-    adapter = compile_adapter(
-        config(lora_alpha=3, rank_pattern={}, alpha_pattern={"k_proj": 9}),
-        parse_weights(bytes(save(random_tensors(file, lambda name: 3))), AdapterLimits()),
-        BASE, AdapterLimits(), digest=Digest("d"), dtype=file,
-    )  # fmt: skip
-    before = [t.clone() for parts in adapter.sites.values() for t in parts.tensors()]
-    again = compile_adapter(
-        config(), weights, BASE, AdapterLimits(), digest=Digest("d"), dtype=file
-    )
-    assert data == kept
-    values = [t.clone() for parts in again.sites.values() for t in parts.tensors()]
-    data[-4000:] = bytes(4000)
-    after = [t for parts in again.sites.values() for t in parts.tensors()]
-    assert all(torch.equal(a, b) for a, b in zip(values, after, strict=True))
-    assert len(before) == 2 * len(SITES)
+def test_the_file_is_not_written_to(file, parts):
+    """Though what needs no arithmetic is a view of it."""
+    tensors = random_tensors(file, lambda name: 3)
+    for changes in ({}, {"lora_alpha": 3, "alpha_pattern": {"k_proj": 9}}):
+        data = bytearray(save(tensors))
+        weights = parse_weights(data, AdapterLimits())
+        adapter = compile_adapter(
+            config(r=3, rank_pattern={}, **changes), weights,
+            BASE, AdapterLimits(), digest=Digest("d"), dtype=parts,
+        )  # fmt: skip
+        assert list(adapter.sites) == list(SITES)
+        assert data == save(tensors)
 
 
 @pytest.mark.parametrize("place", [0, len(SITES) // 2, len(SITES) - 1])

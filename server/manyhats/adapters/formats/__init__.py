@@ -118,7 +118,7 @@ def compile_adapter(
 
     Args:
         config: adapter_config.json as ``read_config`` returned it.
-        weights: The checked weights. The result shares no memory with them.
+        weights: The checked weights. The result may have views of them.
         base: The base model that it is to be served on.
         limits: Bounds.
         digest: The version's digest, taken over unchanged.

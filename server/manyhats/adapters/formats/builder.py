@@ -21,8 +21,6 @@ from manyhats.adapters.parts import (
 )
 from manyhats.errors import AdapterRejectedError
 
-_NOTHING = SiteParts()
-
 
 class _Casting(Protocol):
     """What the builder needs of a ``Job``."""
@@ -147,7 +145,10 @@ class Builder:
         return found
 
     def _put(self, site: SiteSpec, **parts: object) -> None:
-        known = self._parts.get(site.name, _NOTHING)
+        known = self._parts.get(site.name)
+        if known is None:  # as nearly always, hundreds of times
+            self._parts[site.name] = SiteParts(**parts)  # type: ignore[arg-type]
+            return
         for name in parts:
             if getattr(known, name) is not None:
                 raise AdapterRejectedError(

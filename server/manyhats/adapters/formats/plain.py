@@ -44,8 +44,7 @@ def put_products(job: Job, builder: Builder, products: Sequence[Product]) -> Non
         a = _scaled(job, names_a, 1.0)
         b = _scaled(job, names_b, stack[0].factor).transpose(1, 2).contiguous()
         for product, own_a, own_b in zip(stack, a.unbind(), b.unbind(), strict=True):
-            # Memory of its own: what is counted is what is held, whoever outlives whom.
-            builder.product(product.site, own_a.clone(), own_b.clone())
+            builder.product(product.site, own_a, own_b)
 
 
 def _stacks(job: Job, products: Sequence[Product]) -> Iterator[list[Product]]:

@@ -79,13 +79,14 @@ def fields_of(parts: SiteParts) -> set[str]:
     return {
         name
         for name, value in zip(_FIELDS, values, strict=True)
-        if not (value is None or (isinstance(value, tuple) and not value))
+        if value is not None and not (value.__class__ is tuple and not value)
     }
 
 
 def refuse_others(parts: SiteParts, spec: SiteSpec, served: frozenset[str]) -> None:
     """Raises AdapterLoadError, naming the field, for a part that is not among ``served``."""
-    for name in sorted(fields_of(parts) - served):
+    others = fields_of(parts) - served
+    for name in sorted(others) if others else ():
         raise AdapterLoadError(
             f"{spec.name}: {name} is no part that a site of the kind {spec.kind.value} has"
         )
