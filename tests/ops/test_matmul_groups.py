@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from support.uneven_rows import quantized
 
 from manyhats_kernels import reference_4bit, resolve
 from manyhats_kernels.backend import SiteRows
 from manyhats_kernels.batch import AdapterBatch
-from manyhats_kernels.fourbit import FourBitWeight
 from manyhats_kernels.groups import DenseWeight, MatrixGroup, SiteGroup, SiteWeights
 from manyhats_kernels.native.products import DOTS_ROWS
 
@@ -25,14 +24,6 @@ def native(request, native_cache):
     elif not backend._amx:
         pytest.skip("this machine has no AMX")
     return backend
-
-
-def quantized(n, k, kind="nf4", blocksize=64):
-    generator = torch.Generator().manual_seed(n * k)
-    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator) * 3
-    packed, state = quantize_4bit(weight.bfloat16(), quant_type=kind, blocksize=blocksize)
-    made = FourBitWeight(packed, (n, k), state.blocksize, state.code, state.absmax)
-    return made, dequantize_4bit(packed, state)
 
 
 def signed(tokens, k, margin=0):

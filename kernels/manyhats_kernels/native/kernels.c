@@ -55,6 +55,7 @@ typedef struct {
     bf16 *packed, *halves, *panels;
     int64_t pack_items, packed_width, panel_size;
     int threads, amx;
+    int64_t join_tokens; /* of a segment from which it is not packed: the base's product does it; 0 for none */
 } lora_args;
 
 typedef struct {

@@ -12,10 +12,10 @@ static void plan_items(lora_args *g, lora_segment *segments) {
     for (int64_t i = 0; i < g->segment_count; i++) {
         int64_t tokens = blocks_of(segments[i].tokens, g->token_step);
         segments[i].shrink_first = g->shrink_items;
-        segments[i].expand_first = g->expand_items; /* none where it is part of the base's product */
+        segments[i].expand_first = g->expand_items;
+        if (segments[i].joins) continue; /* part of the base's product */
         g->shrink_items += tokens * blocks_of(segments[i].count, row_step);
-        if (!segments[i].joins)
-            g->expand_items += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, g->column_step);
+        g->expand_items += blocks_of(segments[i].tokens, LORA_TOKENS) * blocks_of(segments[i].site->out, g->column_step);
     }
     g->shrink_grain = 1 + g->shrink_items / (g->threads * 16);
     g->expand_grain = 1 + g->expand_items / (g->threads * 16);
@@ -37,6 +37,7 @@ static int64_t find_segments(lora_args *g, lora_segment *segments, lora_pack_ite
             if (rows < 0 || first < 0 || first + rows > site->pool_rows) return i * segment_count + at + 1;
             lora_segment *own = &segments[g->segment_count++];
             *own = (lora_segment){site, offsets[at], tokens, first, rows, need->shrunk, packed, need->halves, 0, 0, 0, 0};
+            if (g->join_tokens && tokens >= g->join_tokens) continue;
             need->shrunk += tokens * rows;
             if (!g->amx) {
                 need->cost += tokens * rows * (g->in + site->out);
@@ -76,7 +77,8 @@ static int64_t lora_begin(lora_args *g, lora_need *need, const lora_site *sites,
     if (failed || !g->segment_count) return failed;
     g->panel_size = need->chunks * LORA_CHUNK * LORA_COLUMNS;
     int64_t halves = g->amx ? need->packed + need->halves + g->threads * g->panel_size : 0;
-    char *memory = kept_memory(&numbers, halves * (int64_t)sizeof(bf16) + need->shrunk * (int64_t)sizeof(float));
+    int64_t bytes = halves * (int64_t)sizeof(bf16) + need->shrunk * (int64_t)sizeof(float);
+    char *memory = kept_memory(&numbers, bytes + 1); /* none where all are joined */
     if (!memory) return MH_NO_MEMORY;
     g->packed = (bf16 *)memory;
     g->panels = g->packed + need->packed;

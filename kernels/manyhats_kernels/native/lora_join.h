@@ -1,13 +1,13 @@
-/* The expand of long segments within the base's product: what the adapters add to sixteen outputs of sixteen tokens is
- * one more product of tiles for every sixteen rank rows, on the sums that the base's left in the registers. y is neither
- * read again nor rounded in between.
+/* The low-rank products of long segments within the base's. Shrunk from the tiles of x that the base's product packed;
+ * then what the adapters add to sixteen outputs of sixteen tokens is one more product of tiles for every sixteen rank
+ * rows, on the sums that the base's left in the registers. y is neither read again nor rounded in between.
  *
  * Left tiles hold sixteen outputs' columns of B twice, [16][2][16 rank rows]; right ones the shrunk rows' high halves,
  * then the low ones, of sixteen neighbours in the batch, [2 * 8 pairs of rank rows][16 tokens], zero where a neighbour
  * is of another segment.
  */
 #ifdef MH_AMX
-#define JOIN_TOKENS 32 /* of a segment, from which its expand is joined to the base's product */
+#define JOIN_TOKENS 32 /* of a segment, from which its products are joined to the base's */
 #define JOIN_ROWS 16   /* rank rows in a tile */
 
 typedef struct { /* the tokens of a segment among sixteen neighbours */
@@ -71,22 +71,6 @@ static int64_t join_begin(lora_join *j) {
     return 0;
 }
 
-/* The right tiles of one join. */
-static void weave_tile(const lora_args *g, const join_tile *join) {
-    const lora_segment *seg = join->segment;
-    int64_t width = lora_width(seg->count);
-    memset(join->right, 0, join_chunks(seg) * TILE * sizeof(bf16));
-    for (int64_t t = join->begin; t < join->end; t++) {
-        const bf16 *high = g->halves + seg->halves + t * width, *low = high + seg->tokens * width;
-        bf16 *to = join->right + g->order[seg->begin + t] % 16 * 2;
-        for (int64_t r = 0; r < seg->count; r += JOIN_ROWS, to += TILE)
-            for (int64_t p = 0; p < least(8, (width - r) / 2); p++) {
-                memcpy(to + p * 32, high + r + 2 * p, 4);
-                memcpy(to + (p + 8) * 32, low + r + 2 * p, 4);
-            }
-    }
-}
-
 /* Thirty-two columns of up to JOIN_ROWS rank rows of B, of which `rows` and `columns` are there, to two left tiles. */
 INLINE void turn_rows(bf16 *left, const bf16 *b, int64_t stride, int64_t rows, int64_t columns) {
     const __mmask32 upper = 0xaaaaaaaa, mask = (__mmask32)(columns >= 32 ? ~0u : (1u << columns) - 1);
@@ -136,29 +120,6 @@ INLINE void add_joins(const lora_join *j, const lora_site *site, const bf16 *lef
                 _tile_dpbf16ps(1, 5, 6);
             }
         }
-    }
-}
-
-/* The shrink of all segments of g, and the right tiles of those that are joined. */
-static void join_shrink(const lora_args *g, const lora_join *j) {
-#pragma omp parallel num_threads(g->threads)
-    {
-        tile_shape now = {0};
-        shrink_phase(g, NULL, NULL, NULL, &now);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < j->tile_count; i++) weave_tile(g, &j->tiles[i]);
-        if (now.palette) _tile_release();
-    }
-}
-
-/* The expand of the segments that are not joined. */
-static void join_rest(const lora_args *g) {
-    if (!g->expand_items) return;
-#pragma omp parallel num_threads(g->threads)
-    {
-        tile_shape now = {0};
-        expand_phase(g, &now);
-        if (now.palette) _tile_release();
     }
 }
 #endif

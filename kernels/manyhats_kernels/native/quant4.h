@@ -22,6 +22,13 @@ typedef struct { /* int64 fields in this order come from the launcher */
     const bf16 *bias;
 } quant4_matrix;
 
+typedef struct { /* how products meet what comes before and after them; each absent by default, and on AMX tiles alone */
+    const lora_join *join; /* what adapters add, the sites in the order of the matrices */
+    bf16 *gated;           /* takes silu(first product) * second, packed as the next x, in place of both */
+    bf16 *x_packed;        /* x as it is packed */
+    const uint8_t *apart;  /* by sixteen tokens: not in gated and x_packed but in y and x */
+} quant4_ways;
+
 typedef struct {
     const quant4_matrix *matrices;
     int64_t panel_count;
@@ -30,9 +37,7 @@ typedef struct {
     bf16 *x_packed, *panels;
     int threads;
     int64_t panel_size; /* elements of a thread's panel */
-#ifdef MH_AMX
-    const lora_join *join; /* what adapters add, the sites in the order of the matrices; or absent */
-#endif
+    quant4_ways ways;
 } quant4_args;
 
 /* The matrix of the panel, counted over all of them; *panel becomes its number within the matrix. */
@@ -141,13 +146,14 @@ static void quant4_dots(const quant4_args *g) {
 #include "quant4_amx.h"
 #include "quant4_few.h"
 
-/* As mh_matmul, with what adapters add where there is a join, which needs AMX. */
+/* As mh_matmul, in the given ways, which need AMX. */
 static int64_t matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
-                      int64_t x_stride, int64_t tokens, int64_t k, const lora_join *join) {
+                      int64_t x_stride, int64_t tokens, int64_t k, quant4_ways ways) {
     static __thread kept memory;
     int64_t token_tiles = blocks_of(tokens, 16) * 16, panel_count = 0, panel_size = Q4_ROWS * k;
 #ifdef MH_AMX
-    if (join) panel_size += join->left_size;
+    if (ways.gated) panel_size *= 2;
+    if (ways.join) panel_size += ways.join->left_size;
 #endif
     for (int64_t i = 0; i < matrix_count; i++) panel_count += blocks_of(matrices[i].n, Q4_ROWS);
     bf16 *scratch = kept_memory(&memory, (token_tiles * k + threads * panel_size) * (int64_t)sizeof(bf16));
@@ -155,14 +161,15 @@ static int64_t matmul(int threads, int amx, const quant4_matrix *matrices, int64
     quant4_args g = {matrices, panel_count, x, x_stride, tokens, k, scratch, scratch + token_tiles * k, threads,
                      .panel_size = panel_size};
 #ifdef MH_AVX512_BF16
-    if (!join && are_few(matrices, matrix_count, tokens)) {
+    if (!ways.join && !ways.gated && !ways.x_packed && are_few(matrices, matrix_count, tokens)) {
         quant4_few(&g);
         return 0;
     }
 #endif
 #ifdef MH_AMX
     if (amx) {
-        g.join = join;
+        g.ways = ways;
+        if (ways.x_packed) g.x_packed = ways.x_packed;
         quant4_tiles(&g);
         return 0;
     }
@@ -175,5 +182,5 @@ static int64_t matmul(int threads, int amx, const quant4_matrix *matrices, int64
 /* y = x W^T + bias for each matrix; bf16 ones need AMX. Returns 0 or MH_NO_MEMORY. */
 EXPORT int64_t mh_matmul(int threads, int amx, const quant4_matrix *matrices, int64_t matrix_count, const bf16 *x,
                          int64_t x_stride, int64_t tokens, int64_t k) {
-    return matmul(threads, amx, matrices, matrix_count, x, x_stride, tokens, k, NULL);
+    return matmul(threads, amx, matrices, matrix_count, x, x_stride, tokens, k, (quant4_ways){0});
 }

@@ -1,5 +1,7 @@
 /* The panels of quant4.h on AMX tiles. */
 #ifdef MH_AMX
+#include "join_shrink.h"
+
 /* Sixteen tokens (`have` of them real) and sixty-four k of x, to the right tiles of even and odd k. */
 INLINE void pack_tiles(bf16 *even, bf16 *odd, const bf16 *x, int64_t stride, int64_t have) {
     const __m512i first = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30,
@@ -60,25 +62,31 @@ INLINE void store_tiles(const quant4_matrix *m, int64_t all_tokens, const float 
         for (int64_t t = 0; t < tokens; t++) _mm512_mask_storeu_epi16(y + t * m->y_stride, mask, (__m512i)rows[t]);
 }
 
-/* Sums that wait to be stored: those of one block are, while the next is multiplied. */
+#include "gated.h"
+
+/* Sums that wait to be stored: those of one block are, while the next is multiplied. Sixteen tokens at a time or, gated,
+ * a half of their sums, for the work of vectors to spread. */
 typedef struct { const float *sums; int64_t t0; int left; } quant4_waiting;
 
-INLINE void store_next(const quant4_matrix *m, int64_t tokens, int64_t n0, quant4_waiting *w) {
+INLINE void store_next(const quant4_args *g, const quant4_matrix *m, int64_t n0, quant4_waiting *w, int gated) {
     if (!w->left) return;
-    store_tiles(m, tokens, w->sums, n0, w->t0);
+    if (gated) store_gated(g, w->sums, n0, w->t0, w->left % 2 ? 8 : 0);
+    else store_tiles(m, g->tokens, w->sums, n0, w->t0);
+    w->left--;
+    if (gated && w->left % 2) return;
     w->sums += 512;
     w->t0 += 16;
-    w->left--;
 }
 
-/* Thirty-two outputs by 16 or 32 tokens. a0, a1: sixteen outputs each, a_step elements from one tile to the
- * next and a_row from one output to the next; b: one or two tiles of tokens. */
+/* Thirty-two outputs, or gated sixteen of both matrices, by 16 or 32 tokens. a0, a1: sixteen outputs each, a_step elements from one tile to the
+ * next and a_row from one output to the next; b: one or two tiles of tokens. A panel and its tokens are more than the
+ * first cache holds, so that loads which leave it alone are quicker. */
 #define MULTIPLY(FROM, TO)                                  \
     for (int64_t k = FROM; k < TO; k++) {                   \
-        _tile_loadd(4, a0 + k * a_step, a_row * 2);         \
-        _tile_loadd(6, b0 + k * TILE, 64);                  \
-        _tile_loadd(5, a1 + k * a_step, a_row * 2);         \
-        if (wide) _tile_loadd(7, b1 + k * TILE, 64);        \
+        _tile_stream_loadd(4, a0 + k * a_step, a_row * 2);  \
+        _tile_stream_loadd(6, b0 + k * TILE, 64);           \
+        _tile_stream_loadd(5, a1 + k * a_step, a_row * 2);  \
+        if (wide) _tile_stream_loadd(7, b1 + k * TILE, 64); \
         _tile_dpbf16ps(0, 4, 6);                            \
         _tile_dpbf16ps(1, 5, 6);                            \
         if (wide) {                                         \
@@ -88,21 +96,35 @@ INLINE void store_next(const quant4_matrix *m, int64_t tokens, int64_t n0, quant
     }
 INLINE void multiply_tiles(const bf16 *a0, const bf16 *a1, int64_t a_step, int64_t a_row, const bf16 *b0,
                            int64_t tiles, int wide, float (*sums)[256], const quant4_matrix *m, const quant4_args *g,
-                           int64_t n0, int64_t t0, const bf16 *left, quant4_waiting *w) {
+                           int64_t n0, int64_t t0, const bf16 *left, quant4_waiting *w, int gated) {
     const bf16 *b1 = b0 + tiles * TILE;
+    if (gated) fetch_gated(g, n0, t0);
+    else
+        for (int64_t t = t0; t < least(t0 + 32, g->tokens); t++) fetch_to_write(m->y + t * m->y_stride + n0);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    MULTIPLY(0, tiles / 3)
-    store_next(m, g->tokens, n0, w);
-    MULTIPLY(tiles / 3, tiles * 2 / 3)
-    store_next(m, g->tokens, n0, w);
-    MULTIPLY(tiles * 2 / 3, tiles)
-    if (left) {
-        const lora_site *site = g->join->sites + (m - g->matrices);
-        add_joins(g->join, site, left, t0 / 16, 0);
-        if (wide) add_joins(g->join, site, left, t0 / 16 + 1, 1);
+    int64_t parts = gated ? 5 : 3;
+    MULTIPLY(0, tiles / parts)
+    store_next(g, m, n0, w, gated);
+    MULTIPLY(tiles / parts, tiles * 2 / parts)
+    store_next(g, m, n0, w, gated);
+    if (gated) {
+        MULTIPLY(tiles * 2 / 5, tiles * 3 / 5)
+        store_next(g, m, n0, w, gated);
+        MULTIPLY(tiles * 3 / 5, tiles * 4 / 5)
+        store_next(g, m, n0, w, gated);
+    }
+    MULTIPLY(tiles * (parts - 1) / parts, tiles)
+    const lora_join *j = g->ways.join;
+    if (left && gated) {
+        add_gated(j, left, n0 % 32 / 16, t0 / 16, 0);
+        if (wide) add_gated(j, left, n0 % 32 / 16, t0 / 16 + 1, 1);
+    } else if (left) {
+        const lora_site *site = j->sites + (m - g->matrices);
+        add_joins(j, site, left, t0 / 16, 0);
+        if (wide) add_joins(j, site, left, t0 / 16 + 1, 1);
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
@@ -127,6 +149,23 @@ static void unpack_panel(const quant4_matrix *m, int64_t k, int64_t n0, bf16 *pa
         for (int64_t i = 0; i < tiles; i++) memset(panel + ((r / 16) * tiles + i) * TILE + (r % 16) * 32, 0, 64);
 }
 
+/* A panel in a0 and a1 with all tokens. */
+INLINE void all_tokens(const quant4_args *g, const quant4_matrix *m, int64_t n0, const bf16 *a0, const bf16 *a1,
+                       int64_t a_step, int64_t a_row, const bf16 *left, int gated) {
+    float sums[2][5][256] __attribute__((aligned(64))); /* four, and what store_tiles reads beyond sixteen outputs */
+    quant4_waiting waiting = {0};
+    int64_t tiles = g->k / 32;
+    int turn = 0;
+    for (int64_t t0 = 0; t0 < g->tokens; t0 += 32, turn ^= 1) {
+        int wide = g->tokens - t0 > 16;
+        const bf16 *x = g->x_packed + t0 * g->k;
+        if (wide) multiply_tiles(a0, a1, a_step, a_row, x, tiles, 1, sums[turn], m, g, n0, t0, left, &waiting, gated);
+        else multiply_tiles(a0, a1, a_step, a_row, x, tiles, 0, sums[turn], m, g, n0, t0, left, &waiting, gated);
+        waiting = (quant4_waiting){sums[turn][0], t0, (wide ? 2 : 1) * (gated ? 2 : 1)};
+    }
+    while (waiting.left) store_next(g, m, n0, &waiting, gated);
+}
+
 static void quant4_panel_tiles(const quant4_args *g, const quant4_matrix *m, int64_t n0, bf16 *panel) {
     int64_t tiles = g->k / 32, a_step = TILE, a_row = 32;
     const bf16 *a0 = panel, *a1 = panel + tiles * TILE;
@@ -143,20 +182,25 @@ static void quant4_panel_tiles(const quant4_args *g, const quant4_matrix *m, int
         a_step = 32;
         a_row = g->k;
     }
-    bf16 *left = g->join ? panel + Q4_ROWS * g->k : NULL;
-    if (left) turn_panel(g->join, g->join->sites + (m - g->matrices), n0, left);
-    float sums[2][4][256] __attribute__((aligned(64)));
-    quant4_waiting waiting = {0};
-    int turn = 0;
-    for (int64_t t0 = 0; t0 < g->tokens; t0 += 32, turn ^= 1) {
-        int wide = g->tokens - t0 > 16;
-        const bf16 *x = g->x_packed + t0 * g->k;
-        if (wide) multiply_tiles(a0, a1, a_step, a_row, x, tiles, 1, sums[turn], m, g, n0, t0, left, &waiting);
-        else multiply_tiles(a0, a1, a_step, a_row, x, tiles, 0, sums[turn], m, g, n0, t0, left, &waiting);
-        waiting = (quant4_waiting){sums[turn][0], t0, wide ? 2 : 1};
+    const lora_join *join = g->ways.join;
+    bf16 *left = join ? panel + Q4_ROWS * g->k : NULL;
+    if (left) turn_panel(join, join->sites + (m - g->matrices), n0, left);
+    all_tokens(g, m, n0, a0, a1, a_step, a_row, left, 0);
+}
+
+/* silu(gate) * up of thirty-two outputs: gate's panel, then up's, half of each at a time. */
+static void gated_panel_tiles(const quant4_args *g, int64_t n0, bf16 *panel) {
+    const quant4_matrix *gate = g->matrices, *up = gate + 1;
+    const lora_join *join = g->ways.join;
+    bf16 *second = panel + Q4_ROWS * g->k, *left = join ? second + Q4_ROWS * g->k : NULL;
+    unpack_panel(gate, g->k, n0, panel);
+    unpack_panel(up, g->k, n0, second);
+    if (left) {
+        turn_panel(join, join->sites, n0, left);
+        turn_panel(join, join->sites + 1, n0, left);
     }
-    store_next(m, g->tokens, n0, &waiting);
-    store_next(m, g->tokens, n0, &waiting);
+    for (int64_t half = 0; half < 2; half++)
+        all_tokens(g, gate, n0 + 16 * half, panel + 16 * half * g->k, second + 16 * half * g->k, TILE, 32, left, 1);
 }
 
 static void quant4_tiles(const quant4_args *g) {
@@ -174,13 +218,22 @@ static void quant4_tiles(const quant4_args *g) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < token_tiles * runs; i++) {
             int64_t tile = i / runs, run = i % runs;
+            if (g->ways.x_packed && !g->ways.apart[tile]) continue;
             bf16 *to = g->x_packed + tile * 16 * g->k + run * 2 * TILE;
             const bf16 *from = g->x + tile * 16 * g->x_stride + run * Q4_RUN;
             if (plain) pack_plain(to, to + TILE, from, g->x_stride, g->tokens - tile * 16);
             else pack_tiles(to, to + TILE, from, g->x_stride, g->tokens - tile * 16);
         }
+        if (g->ways.join) {
+            shrink_joins(g->ways.join, g->x_packed, panel, plain);
+#pragma omp barrier
+        }
 #pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t p = 0; p < g->panel_count; p++) {
+        for (int64_t p = 0; p < (g->ways.gated ? g->panel_count / 2 : g->panel_count); p++) {
+            if (g->ways.gated) {
+                gated_panel_tiles(g, p * Q4_ROWS, panel);
+                continue;
+            }
             int64_t own = p;
             const quant4_matrix *m = find_matrix(g, &own);
             quant4_panel_tiles(g, m, own * Q4_ROWS, panel);

@@ -94,7 +94,7 @@ static void add_norm(bf16 *out, bf16 *hidden, const bf16 *y, const bf16 *weight,
 
 /* The products of one x with `count` matrices side by side in y, and the adapters' on top. */
 static int64_t project(const quant4_matrix *matrices, const lora_site *sites, int64_t count, bf16 *y, int64_t width,
-                       const bf16 *x, int64_t k, const stack_step *s, int amx, int threads) {
+                       const bf16 *x, int64_t k, const stack_step *s, int amx, int threads, quant4_ways ways) {
     quant4_matrix own[3];
     lora_site own_sites[3];
     int64_t at = 0;
@@ -109,9 +109,11 @@ static int64_t project(const quant4_matrix *matrices, const lora_site *sites, in
         }
         at += matrices[i].n;
     }
-    return mh_project(threads, amx, own, sites ? own_sites : NULL, count, x, k, s->tokens, k, s->order, s->slots,
-                      s->offsets, s->segments);
+    return project_ways(threads, amx, own, sites ? own_sites : NULL, count, x, k, s->tokens, k, s->order, s->slots,
+                        s->offsets, s->segments, ways);
 }
+
+#include "stack_mlp.h"
 
 /* hidden [tokens][hidden] goes through all layers, in place; the last norm is not among them. parts: what adapters do
  * beside low-rank products, absent where none does. Returns 0, MH_NO_MEMORY, or 1 + the number of the layer where a
@@ -121,17 +123,19 @@ EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_
     int64_t n = m->hidden, q_width = m->heads * m->dim, kv_width = m->kv_heads * m->dim, inner_width = m->inner;
     int64_t width = q_width + 2 * kv_width, failed = 0, at = 0;
     static __thread kept memory;
-    int64_t room = s->tokens * (2 * n + width + q_width + 3 * inner_width) * (int64_t)sizeof(bf16);
-    bf16 *scratch = kept_memory(&memory, room);
+    int64_t packed = blocks_of(s->tokens, 16) * 16 * inner_width;
+    int64_t room = (packed + s->tokens * (2 * n + width + q_width + 3 * inner_width)) * (int64_t)sizeof(bf16);
+    bf16 *scratch = kept_memory(&memory, room + blocks_of(s->tokens, 16));
     if (!scratch) return MH_NO_MEMORY;
-    bf16 *x = scratch, *y = x + s->tokens * n, *qkv = y + s->tokens * n, *attended = qkv + s->tokens * width;
+    gated_way gated = {scratch, (uint8_t *)scratch + room}, *way = find_apart(&gated, s, amx) ? &gated : NULL;
+    bf16 *x = scratch + packed, *y = x + s->tokens * n, *qkv = y + s->tokens * n, *attended = qkv + s->tokens * width;
     bf16 *gate_up = attended + s->tokens * q_width, *inner = gate_up + s->tokens * 2 * inner_width;
     const stack_parts *p = s->segments ? parts : NULL;
     mh_rms_norm(0, threads, x, hidden, n, layers[0].input_norm, n, eps, s->tokens);
     for (; at < m->layers && !failed; at++) {
         const stack_layer *layer = &layers[at];
         if (p) finish_norm(x, hidden, &p->input_norm, n, eps, s);
-        failed = project(layer->qkv, layer->qkv_sites, 3, qkv, width, x, n, s, amx, threads);
+        failed = project(layer->qkv, layer->qkv_sites, 3, qkv, width, x, n, s, amx, threads, (quant4_ways){0});
         if (failed) break;
         if (p) {
             finish_linear(qkv, width, &p->q, q_width, s);
@@ -144,7 +148,7 @@ EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_
                               s->table_width, s->sequences, s->in_place, scale, layer->window, 0);
         if (failed) break;
         if (p) scale_worn(attended, q_width, p->o.input, q_width, s);
-        failed = project(layer->o, layer->o_sites, 1, y, n, attended, q_width, s, amx, threads);
+        failed = project(layer->o, layer->o_sites, 1, y, n, attended, q_width, s, amx, threads, (quant4_ways){0});
         if (failed) break;
         if (p) {
             finish_linear(y, n, &p->o, n, s);
@@ -153,16 +157,8 @@ EXPORT int64_t mh_stack(int threads, int amx, const stack_shape *m, const stack_
         }
         add_norm(x, hidden, y, layer->post_norm, n, eps, s->tokens, threads);
         if (p) finish_norm(x, hidden, &p->post_norm, n, eps, s);
-        failed = project(layer->gate_up, layer->gate_up_sites, 2, gate_up, 2 * inner_width, x, n, s, amx, threads);
-        if (failed) break;
-        if (p) {
-            finish_linear(gate_up, 2 * inner_width, &p->gate, inner_width, s);
-            finish_linear(gate_up + inner_width, 2 * inner_width, &p->up, inner_width, s);
-        }
-        mh_silu_mul(0, threads, inner, gate_up, 2 * inner_width, gate_up + inner_width, 2 * inner_width, inner_width,
-                    s->tokens);
-        if (p) scale_worn(inner, inner_width, p->down.input, inner_width, s);
-        failed = project(layer->down, layer->down_sites, 1, y, n, inner, inner_width, s, amx, threads);
+        if (!p && way && can_gate(layer, m->inner)) failed = gated_mlp(layer, m, s, way, y, gate_up, inner, x, amx, threads);
+        else failed = plain_mlp(layer, m, s, p, y, gate_up, inner, x, amx, threads);
         if (failed) break;
         if (p) {
             finish_linear(y, n, &p->down, n, s);

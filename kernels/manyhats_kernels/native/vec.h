@@ -36,6 +36,8 @@ INLINE void fetch(const void *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)p + i);
 }
 
+INLINE void fetch_to_write(void *p) { __builtin_prefetch(p, 1); }
+
 /* Lanes are added in the pairs (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1); sum16 does the same, so
  * that a sum has the same bits however many are reduced together. */
 INLINE float lanes_sum(vf v) {
