@@ -20,6 +20,7 @@ from manyhats.engine.parts.norm import NormSite
 from manyhats.engine.parts.prefix import PrefixSite
 from manyhats.engine.parts.residual import ResidualSite
 from manyhats.engine.parts.site import PoolConfig, Site, fields_of
+from manyhats.engine.row_copies import copies_to
 from manyhats.engine.row_memory import RowMemory
 from manyhats.engine.site_pool import RowTable, SitePool
 from manyhats.engine.step import StepState
@@ -65,6 +66,7 @@ class AdapterPool:
         self._rows = RowTable(len(sites), slots, device)
         linear = [spec for spec in sites if spec.kind is SiteKind.LINEAR]
         self._memory = RowMemory(linear, rows, dtype, device)
+        self._copy = copies_to(device)
         self.sites: tuple[Site, ...] = tuple(
             SitePool(spec, config, self._rows.of_site(i), self._memory)
             if spec.kind in _LINEAR
@@ -205,8 +207,7 @@ class AdapterPool:
             if parts.low_rank is not None and isinstance(site, SitePool):
                 rows += site.places(start, parts.low_rank.rank)
                 values += (parts.low_rank.a, parts.low_rank.b)
-        if rows:  # in one call: hundreds would cost more than what they copy
-            torch._foreach_copy_(rows, values)
+        self._copy(rows, values)
 
     def _runs(self, starts: Sequence[int], adapter: CompiledAdapter) -> dict[str, tuple[int, int]]:
         """The adapter's rank rows by a linear site's name."""
