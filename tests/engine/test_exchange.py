@@ -96,6 +96,23 @@ def test_what_is_prefetched_is_kept_in_compact_form(engine):
         assert time.monotonic() < ends
 
 
+def test_what_came_for_a_request_that_went_away_is_kept_in_compact_form(engine):
+    """It waited for the only slot; nothing else would bring it to that form."""
+    assert not in_one_mapping(engine.adapters["b"])
+    first = engine.submit(PROMPT, params(500, ignore_eos=True), adapter="a")
+    engine.next_delta(first)
+    host, digest = engine.engine.residency.host, engine.adapters["b"].digest
+    second = engine.submit(PROMPT, params(4), adapter="b")
+    ends = time.monotonic() + 60
+    while digest not in host:
+        assert time.monotonic() < ends
+    engine.generate([PROMPT], params(2))  # and the step thread knows that it is there
+    engine.engine.loop.abort(second)
+    while not in_one_mapping(host.get(digest)):
+        assert time.monotonic() < ends
+    engine.engine.loop.abort(first)
+
+
 def in_one_mapping(adapter):
     starts = sorted(t.data_ptr() for p in adapter.sites.values() for t in p.tensors())
     return starts[-1] - starts[0] < adapter.nbytes + 64 * len(starts)

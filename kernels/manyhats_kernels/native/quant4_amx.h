@@ -78,9 +78,9 @@ INLINE void store_next(const quant4_args *g, const quant4_matrix *m, int64_t n0,
     w->t0 += 16;
 }
 
-/* Thirty-two outputs, or gated sixteen of both matrices, by 16 or 32 tokens. a0, a1: sixteen outputs each, a_step elements from one tile to the
- * next and a_row from one output to the next; b: one or two tiles of tokens. A panel and its tokens are more than the
- * first cache holds, so that loads which leave it alone are quicker. */
+/* Thirty-two outputs, or gated sixteen of both matrices, by 16 or 32 tokens. a0, a1: sixteen outputs each, a_step
+ * elements from one tile to the next and a_row from one output to the next; b: one or two tiles of tokens. A panel and
+ * its tokens are more than the first cache holds, so that loads which leave it alone are quicker. */
 #define MULTIPLY(FROM, TO)                                  \
     for (int64_t k = FROM; k < TO; k++) {                   \
         _tile_stream_loadd(4, a0 + k * a_step, a_row * 2);  \

@@ -189,7 +189,7 @@ def read_file(
             raise AdapterRejectedError("path_not_allowed", f"{path.name} is not a regular file")
         if status.st_size > max_bytes:
             raise _too_large(path.name, status.st_size, max_bytes)
-        data, filled = _room(status.st_size), 0
+        data, filled = np.empty(status.st_size, np.uint8).data, 0  # a bytearray is zeroed first
         while filled < len(data):
             count = os.readv(fd, [data[filled : filled + _READ_BYTES]])
             if not count:
@@ -202,11 +202,6 @@ def read_file(
     if filled < len(data):
         raise AdapterRejectedError("bad_header", f"{path.name} became shorter while it was read")
     return data
-
-
-def _room(size: int) -> memoryview:
-    """Bytes to read a file into. A large one's cost more to get, page by page, than to fill."""
-    return np.empty(size, np.uint8).data
 
 
 def _open(path: Path) -> int:

@@ -243,10 +243,13 @@ class AdapterResidency:
         return Failed(error)
 
     def _forget_if_idle(self, digest: Digest) -> None:
-        """Drops what is known of an adapter that nobody waits for and that is not on the device."""
+        """Drops what is known of an adapter that nobody waits for and that is not on the device.
+        What it left on the host is not on its way any longer, and is brought to its compact form.
+        """
         entry = self._entries.get(digest)
         if entry is not None and not (entry.waiters or entry.loading or entry.placed):
             del self._entries[digest]
+            self._host_threads.submit(self._exchange.pack, digest)
 
     def _host_evicted(self, digest: Digest) -> None:
         entry = self._entries.get(digest)
